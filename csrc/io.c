@@ -1,0 +1,387 @@
+/* Backend I/O: operations cut into what the kernel takes, short transfers continued, results gathered into groups.
+ *
+ * Invariant: group->pending counts the I/Os of a group that have not ended; connection->guest_io those that name guest memory. Reads
+ * are given to the driver at once; writes and zeroing are the background and wait in a queue beyond `write_depth`, in order. */
+#include "io.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define CHUNK 256
+#define ZEROES_BYTES (1u << 20)
+#define MAX_RETRIES 1000
+
+bool io_create(vhc_engine *engine, char *error, size_t error_bytes)
+{
+    engine->zeroes = mmap(NULL, ZEROES_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (engine->zeroes == MAP_FAILED) {
+        engine->zeroes = NULL;
+        return false;
+    }
+    engine->driver = engine->config.force_threads ? &io_threads_driver : &io_uring_driver;
+    engine->driver_state = engine->driver->create(engine, error, error_bytes);
+    if (!engine->driver_state && !engine->config.force_threads) {
+        engine->driver = &io_threads_driver;
+        engine->driver_state = engine->driver->create(engine, error, error_bytes);
+    }
+    return engine->driver_state != NULL;
+}
+
+void io_destroy(vhc_engine *engine)
+{
+    if (engine->driver_state) {
+        while (engine->ios_in_flight) {
+            engine->driver->wait(engine);
+            engine->driver->reap(engine);
+            engine->driver->flush(engine);
+        }
+        engine->driver->destroy(engine);
+    }
+    for (uint32_t i = 0; i < engine->io_chunks.count; i++)
+        free(engine->io_chunks.items[i]);
+    free(engine->io_chunks.items);
+    if (engine->zeroes)
+        munmap(engine->zeroes, ZEROES_BYTES);
+}
+
+/* The number of I/Os is bounded by groups and requests. Without memory for one nothing can go on: malloc's failure is fatal here. */
+static struct io *io_new(struct volume *volume, enum io_kind kind, uint32_t group, uint32_t segments)
+{
+    vhc_engine *engine = volume->engine;
+    if (!engine->free_ios) {
+        struct io *chunk = calloc(CHUNK, sizeof *chunk);
+        assert(chunk);
+        if (engine->io_chunks.count == engine->io_chunks.size)
+            engine->io_chunks.items = engine_grow(engine->io_chunks.items, &engine->io_chunks.size, sizeof chunk);
+        engine->io_chunks.items[engine->io_chunks.count++] = chunk;
+        for (uint32_t i = 0; i < CHUNK; i++) {
+            chunk[i].next = engine->free_ios;
+            engine->free_ios = &chunk[i];
+        }
+    }
+    struct io *io = engine->free_ios;
+    engine->free_ios = io->next;
+    io->next = NULL;
+    io->volume = volume;
+    io->request = NULL;
+    io->kind = kind;
+    io->way = 0;
+    io->background = kind == IO_WRITE || kind == IO_ZERO;
+    io->retries = 0;
+    io->group = group;
+    io->iov_first = io->iov_count = 0;
+    io->bounce = NULL;
+    io->buffer = -1;
+    io->iov = segments <= IO_INLINE_IOV ? io->inline_iov : malloc(segments * sizeof(struct iovec));
+    assert(io->iov);
+    assert(group < VHC_GROUPS || group == IO_NO_GROUP);
+    if (group != IO_NO_GROUP)
+        volume->groups[group].pending++;
+    return io;
+}
+
+static void io_free(vhc_engine *engine, struct io *io)
+{
+    if (io->iov != io->inline_iov)
+        free(io->iov);
+    free(io->bounce);
+    io->next = engine->free_ios;
+    engine->free_ios = io;
+}
+
+static void add_memory(struct io *io, void *memory, size_t bytes)
+{
+    struct iovec *last = io->iov_count ? &io->iov[io->iov_count - 1] : NULL;
+    if (last && (uint8_t *)last->iov_base + last->iov_len == (uint8_t *)memory)
+        last->iov_len += bytes;
+    else
+        io->iov[io->iov_count++] = (struct iovec){memory, bytes};
+}
+
+/* A single segment that lies wholly in one registered piece of the slab goes without being pinned again. */
+static void choose_buffer(struct io *io)
+{
+    struct volume *volume = io->volume;
+    io->buffer = -1;
+    if (volume->buffer_base < 0 || io->iov_first + 1 != io->iov_count)
+        return;
+    uintptr_t first = (uintptr_t)io->iov[io->iov_first].iov_base - (uintptr_t)volume->slab;
+    uintptr_t last = first + io->iov[io->iov_first].iov_len - 1;
+    if (last < (uint64_t)volume->config.slots * VHC_BLOCK && first >> 30 == last >> 30)
+        io->buffer = volume->buffer_base + (int)(first >> 30);
+}
+
+static void start(vhc_engine *engine, struct io *io)
+{
+    if ((io->kind == IO_READ || io->kind == IO_WRITE) && !io->request)
+        choose_buffer(io);
+    engine->ios_in_flight++;
+    engine->driver->submit(engine, io);
+}
+
+/* Count it, and start it now or when the writes before it have ended. */
+static void issue(struct io *io)
+{
+    struct volume *volume = io->volume;
+    volume->stats.backend_ops[io->kind]++;
+    volume->stats.backend_bytes[io->kind] += io->bytes;
+    if (io->background) {
+        if (volume->writes_in_flight >= volume->config.write_depth) {
+            *volume->waiting_last = io;
+            volume->waiting_last = &io->next;
+            return;
+        }
+        volume->writes_in_flight++;
+    }
+    start(volume->engine, io);
+}
+
+static void write_ended(struct volume *volume)
+{
+    volume->writes_in_flight--;
+    struct io *io = volume->waiting_first;
+    if (!io)
+        return;
+    volume->waiting_first = io->next;
+    if (!volume->waiting_first)
+        volume->waiting_last = &volume->waiting_first;
+    io->next = NULL;
+    volume->writes_in_flight++;
+    start(volume->engine, io);
+}
+
+void io_slots(struct volume *volume, enum io_kind kind, uint32_t group, uint64_t offset, uint64_t bytes, const uint64_t *slots, uint32_t count,
+              uint32_t skip)
+{
+    assert(bytes && skip < VHC_BLOCK && skip + bytes <= (uint64_t)count * VHC_BLOCK && skip + bytes > (uint64_t)(count - 1) * VHC_BLOCK);
+    struct io *io = NULL;
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t slot = (uint32_t)slots[i];
+        assert(slots[i] < volume->config.slots && slot >= (kind == IO_READ ? VHC_FIRST_SLOT : 1u));
+        if (!io) {
+            io = io_new(volume, kind, group, count - i < IO_MAX_IOV ? count - i : IO_MAX_IOV);
+            io->offset = offset;
+            io->bytes = 0;
+        }
+        uint32_t part = VHC_BLOCK - skip < bytes ? VHC_BLOCK - skip : (uint32_t)bytes;
+        add_memory(io, slab_slot(volume, slot) + skip, part);
+        io->bytes += part;
+        offset += part;
+        bytes -= part;
+        skip = 0;
+        if (io->iov_count == IO_MAX_IOV || i + 1 == count) {
+            issue(io);
+            io = NULL;
+        }
+    }
+}
+
+/* Direct I/O refuses odd addresses and lengths: then the read goes through memory that fits, and is copied when it has ended. */
+static void use_bounce(struct io *io, uint64_t align)
+{
+    uint64_t head = io->offset & (align - 1), bytes = (head + io->bytes + align - 1) & ~(align - 1);
+    size_t memory_align = io->volume->config.align_mem_bytes > VHC_BLOCK ? io->volume->config.align_mem_bytes : VHC_BLOCK;
+    int problem = posix_memalign((void **)&io->bounce, memory_align, bytes);
+    assert(!problem);
+    io->bounce_skip = (uint32_t)head;
+    io->bounce_bytes = (uint32_t)io->bytes;
+    io->offset -= head;
+    io->bytes = bytes;
+    io->iov[0] = (struct iovec){io->bounce, bytes};
+    io->iov_count = 1;
+}
+
+void io_direct(struct request *request, enum io_kind kind, uint32_t group, uint32_t payload_offset, uint64_t offset, uint64_t bytes)
+{
+    struct volume *volume = request->connection->volume;
+    const vhc_volume_config *config = &volume->config;
+    assert(request->kind == (kind == IO_READ ? VHC_REQ_READ : VHC_REQ_WRITE));
+    assert(bytes && payload_offset + bytes <= request->payload_bytes);
+    struct io *io = io_new(volume, kind, group, request->payload_count);
+    io->background = false; /* the guest waits for it */
+    io->request = request;
+    io->offset = offset;
+    io->bytes = bytes;
+    io->payload_offset = payload_offset;
+    uintptr_t addresses = 0, lengths = offset | bytes;
+    const struct iovec *segment = request->payload;
+    uint64_t skip = payload_offset, left = bytes;
+    while (skip >= segment->iov_len)
+        skip -= segment++->iov_len;
+    for (; left; segment++, skip = 0) {
+        uint64_t part = segment->iov_len - skip < left ? segment->iov_len - skip : left;
+        add_memory(io, (uint8_t *)segment->iov_base + skip, part);
+        left -= part;
+    }
+    for (uint32_t i = 0; i < io->iov_count; i++) {
+        addresses |= (uintptr_t)io->iov[i].iov_base;
+        lengths |= io->iov[i].iov_len;
+    }
+    if (addresses & (config->align_mem_bytes - 1) || lengths & (config->align_io_bytes - 1)) {
+        assert(kind == IO_READ);
+        use_bounce(io, config->align_io_bytes);
+    }
+    request->direct++;
+    request->connection->guest_io++;
+    issue(io);
+}
+
+void io_flush(struct volume *volume, uint32_t group)
+{
+    struct io *io = io_new(volume, IO_FLUSH, group, 0);
+    io->offset = io->bytes = 0;
+    issue(io);
+}
+
+static void zero_by_writing(vhc_engine *engine, struct io *io)
+{
+    uint64_t left = io->bytes;
+    io->way = ZERO_WRITE;
+    io->iov_first = io->iov_count = 0;
+    while (left && io->iov_count < IO_INLINE_IOV) {
+        uint64_t part = left < ZEROES_BYTES ? left : ZEROES_BYTES;
+        io->iov[io->iov_count++] = (struct iovec){engine->zeroes, part};
+        left -= part;
+    }
+}
+
+void io_zero(struct volume *volume, uint32_t group, uint64_t offset, uint64_t bytes, bool may_unmap)
+{
+    assert(bytes);
+    struct io *io = io_new(volume, IO_ZERO, group, IO_INLINE_IOV);
+    io->offset = offset;
+    io->bytes = bytes;
+    io->way = may_unmap ? ZERO_PUNCH : ZERO_RANGE;
+    issue(io);
+}
+
+/* A direct read has ended, well or not. */
+static void leave_guest(struct io *io, int32_t result)
+{
+    struct request *request = io->request;
+    struct connection *connection = request->connection;
+    connection->guest_io--;
+    request->direct--;
+    if (result == -EFAULT && !io->bounce)
+        connection->bus_error = 1; /* the memory has been truncated away beneath us: the kernel's form of SIGBUS */
+    if (request->dropped) {
+        if (request->direct)
+            return;
+        if (connection->state == CONNECTION_ACTIVE && connection->queues[request->queue].running) {
+            request->dropped = false;
+            request->next = connection->postponed;
+            connection->postponed = request;
+        } else {
+            request_free(request);
+        }
+        return;
+    }
+    if (!result && io->bounce)
+        request_copy_out(request, io->payload_offset, io->bounce_bytes, io->bounce + io->bounce_skip);
+}
+
+/* A direct read that nobody has to hear of unless it has failed. */
+static void finish_alone(vhc_engine *engine, struct io *io, int32_t result)
+{
+    struct request *request = io->request;
+    bool dropped = request->dropped;
+    leave_guest(io, result);
+    if (dropped)
+        return;
+    if (result)
+        engine_done(engine, io->volume->number, VHC_FAILED_TAG | request->tag, result);
+    else
+        request_complete(request, VBLK_OK);
+}
+
+static void finish(vhc_engine *engine, struct io *io, int32_t result)
+{
+    struct volume *volume = io->volume;
+    if (result)
+        volume->stats.backend_errors++;
+    if (io->background)
+        write_ended(volume);
+    if (io->group == IO_NO_GROUP) {
+        finish_alone(engine, io, result);
+    } else {
+        struct group *group = &volume->groups[io->group];
+        if (result && !group->result)
+            group->result = result;
+        if (io->request)
+            leave_guest(io, result);
+        assert(group->pending);
+        if (--group->pending == 0) {
+            engine_done(engine, volume->number, io->group, group->result);
+            group->result = 0;
+        }
+    }
+    io_free(engine, io);
+}
+
+/* `done` bytes were transferred: true if there is more to do. */
+static bool advance(struct io *io, uint64_t done)
+{
+    io->offset += done;
+    io->bytes -= done;
+    while (done && io->iov_first < io->iov_count) {
+        struct iovec *segment = &io->iov[io->iov_first];
+        uint64_t part = segment->iov_len < done ? segment->iov_len : done;
+        segment->iov_base = (uint8_t *)segment->iov_base + part;
+        segment->iov_len -= part;
+        done -= part;
+        if (!segment->iov_len)
+            io->iov_first++;
+    }
+    return io->bytes != 0;
+}
+
+/* Is what the guest asked for all there, though what was asked of the file is not? The file may end within the last aligned piece. */
+static bool bounce_suffices(const struct io *io)
+{
+    uint64_t got = (uint64_t)((uint8_t *)io->iov[0].iov_base - io->bounce);
+    return got >= (uint64_t)io->bounce_skip + io->bounce_bytes;
+}
+
+static bool retry_zero(vhc_engine *engine, struct io *io, int32_t result)
+{
+    if (io->way == ZERO_WRITE || (result != -EOPNOTSUPP && result != -ENOSYS && result != -EINVAL && result != -EPERM))
+        return false;
+    if (io->way == ZERO_PUNCH)
+        io->way = ZERO_RANGE;
+    else
+        zero_by_writing(engine, io);
+    return true;
+}
+
+void io_ended(vhc_engine *engine, struct io *io)
+{
+    int32_t result = io->result;
+    bool again = false;
+    engine->ios_in_flight--;
+    if ((result == -EINTR || result == -EAGAIN) && io->retries < MAX_RETRIES) {
+        io->retries++;
+        again = true;
+    } else if (io->kind == IO_ZERO && io->way != ZERO_WRITE) {
+        again = result < 0 && retry_zero(engine, io, result);
+        result = result < 0 ? result : 0;
+    } else if (io->kind != IO_FLUSH && result >= 0) {
+        if (result == 0) {
+            result = io->bounce && bounce_suffices(io) ? 0 : io->kind == IO_READ ? -ENODATA : -EIO;
+        } else if (advance(io, (uint64_t)result)) {
+            uint32_t align = io->volume->config.align_io_bytes;
+            bool end = io->kind == IO_READ && io->offset & (align - 1); /* direct I/O is cut there by the end of the file only */
+            again = !end;
+            result = !end || (io->bounce && bounce_suffices(io)) ? 0 : -ENODATA;
+            if (again && io->kind == IO_ZERO)
+                zero_by_writing(engine, io);
+        } else {
+            result = 0;
+        }
+    }
+    if (again)
+        start(engine, io);
+    else
+        finish(engine, io, result);
+}

@@ -1,0 +1,66 @@
+/* I/O on the backend: what an operation of the core becomes, and the two drivers that can do it. */
+#ifndef VHC_IO_H
+#define VHC_IO_H
+
+#include "internal.h"
+
+#define IO_INLINE_IOV 8
+#define IO_MAX_IOV 1024u /* the kernel's limit for one vectored call */
+
+enum io_kind { IO_READ, IO_WRITE, IO_FLUSH, IO_ZERO };
+enum zero_way { ZERO_PUNCH, ZERO_RANGE, ZERO_WRITE };
+
+/* One call to the kernel in flight, or several one after the other when they are cut short. */
+struct io {
+    struct io *next; /* free list, write queue or a driver's list */
+    struct volume *volume;
+    struct request *request; /* a direct read's, else NULL */
+    uint8_t kind;
+    uint8_t way;       /* of zeroing */
+    bool background;   /* counts among the volume's writes in flight */
+    uint16_t retries;
+    uint32_t group;
+    uint64_t offset, bytes; /* what is left */
+    uint32_t iov_first, iov_count;
+    struct iovec *iov; /* inline_iov or malloc */
+    uint8_t *bounce;   /* memory that direct I/O can use, for a read that it cannot do in place */
+    uint32_t bounce_skip, bounce_bytes; /* what the guest asked for, in it */
+    uint32_t payload_offset;
+    int buffer; /* registered buffer that holds all of the single segment, or -1 */
+    int32_t result; /* set by the driver */
+    struct iovec inline_iov[IO_INLINE_IOV];
+};
+
+struct io_driver {
+    /* NULL with one line in `error`: the kernel says no. */
+    void *(*create)(vhc_engine *engine, char *error, size_t error_bytes);
+    void (*destroy)(vhc_engine *engine);
+    /* Tell the driver of a volume's slab and descriptor, if that helps it. */
+    void (*add_volume)(vhc_engine *engine, struct volume *volume);
+    void (*submit)(vhc_engine *engine, struct io *io);
+    /* Give the kernel all that has been submitted. */
+    void (*flush)(vhc_engine *engine);
+    /* Call io_ended() for what has ended. Returns how many. */
+    uint32_t (*reap)(vhc_engine *engine);
+    /* Completions wake (or no longer need to wake) epoll. After true, reap once more before sleeping. */
+    void (*wake)(vhc_engine *engine, bool enabled);
+    /* Block until something has ended. */
+    void (*wait)(vhc_engine *engine);
+};
+
+extern const struct io_driver io_uring_driver, io_threads_driver;
+
+bool io_create(vhc_engine *engine, char *error, size_t error_bytes);
+void io_destroy(vhc_engine *engine);
+/* For drivers: io->result is set. */
+void io_ended(vhc_engine *engine, struct io *io);
+
+/* For operations.c. Slots are consecutive blocks of backend data, `skip` bytes into the first. */
+void io_slots(struct volume *volume, enum io_kind kind, uint32_t group, uint64_t offset, uint64_t bytes, const uint64_t *slots, uint32_t count,
+              uint32_t skip);
+#define IO_NO_GROUP UINT32_MAX /* a direct read that completes its request by itself */
+void io_direct(struct request *request, enum io_kind kind, uint32_t group, uint32_t payload_offset, uint64_t offset, uint64_t bytes);
+void io_flush(struct volume *volume, uint32_t group);
+void io_zero(struct volume *volume, uint32_t group, uint64_t offset, uint64_t bytes, bool may_unmap);
+
+#endif

@@ -1,0 +1,184 @@
+/* Volumes: what one guest sees as a disk. Listening, accepting one front-end at a time, the configuration space, figures. */
+#include <errno.h>
+#include <linux/virtio_blk.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "io.h"
+
+#define ACCEPT_RETRY_NS 100000000ull /* after running out of descriptors or memory */
+
+static void fill_config_space(struct volume *volume)
+{
+    const vhc_volume_config *config = &volume->config;
+    struct virtio_blk_config space = {
+        .capacity = config->size_bytes / VBLK_SECTOR,
+        .size_max = VBLK_SIZE_MAX,
+        .seg_max = VBLK_SEG_MAX,
+        .blk_size = VBLK_SECTOR,
+        .physical_block_exp = 3, /* 4 KiB */
+        .min_io_size = VHC_BLOCK / VBLK_SECTOR,
+        .opt_io_size = config->object_bytes / VBLK_SECTOR,
+        .wce = config->write_cache,
+        .num_queues = config->num_queues,
+    };
+    if (!config->read_only) {
+        space.max_discard_sectors = space.max_write_zeroes_sectors = volume->limits.discard_max;
+        space.max_discard_seg = space.max_write_zeroes_seg = 1;
+        space.discard_sector_alignment = VHC_BLOCK / VBLK_SECTOR;
+        space.write_zeroes_may_unmap = 1;
+    }
+    memcpy(volume->config_space, &space, sizeof volume->config_space);
+}
+
+static bool sound(const vhc_volume_config *config, char *error, size_t error_bytes)
+{
+    const char *what = NULL;
+    if (!config->size_bytes || config->size_bytes % VBLK_SECTOR || config->size_bytes > INT64_MAX)
+        what = "the size is not a multiple of 512";
+    else if (config->slots <= VHC_FIRST_SLOT)
+        what = "no slots";
+    else if (!config->num_queues || config->num_queues > VHC_MAX_QUEUES)
+        what = "the number of queues is not in 1..64";
+    else if (!config->object_bytes || config->object_bytes % VHC_BLOCK)
+        what = "the object size is not a multiple of 4096";
+    else if (!config->write_depth || config->discard_max_bytes < VHC_BLOCK)
+        what = "a limit is zero";
+    else if (__builtin_popcount(config->align_mem_bytes) != 1 || __builtin_popcount(config->align_io_bytes) != 1 ||
+             config->align_io_bytes > (1u << 20) || config->align_mem_bytes > (1u << 20))
+        what = "an alignment is not a power of two";
+    if (what)
+        snprintf(error, error_bytes, "%s", what);
+    return !what;
+}
+
+static void volume_free(struct volume *volume)
+{
+    slab_destroy(volume);
+    free(volume->groups);
+    free(volume);
+}
+
+int vhc_volume_add(vhc_engine *engine, const vhc_volume_config *config, char *error, size_t error_bytes)
+{
+    if (!sound(config, error, error_bytes))
+        return -1;
+    if (engine->volumes_count == VHC_MAX_VOLUMES) {
+        snprintf(error, error_bytes, "more than %d volumes", VHC_MAX_VOLUMES);
+        return -1;
+    }
+    struct volume *volume = calloc(1, sizeof *volume);
+    if (!volume || !(volume->groups = calloc(VHC_GROUPS, sizeof *volume->groups))) {
+        snprintf(error, error_bytes, "out of memory");
+        free(volume);
+        return -1;
+    }
+    volume->engine = engine;
+    volume->number = engine->volumes_count;
+    volume->config = *config;
+    volume->config.serial[sizeof volume->config.serial - 1] = 0;
+    volume->listen_fd = config->listen_fd;
+    volume->slab_fd = volume->buffer_base = -1;
+    volume->waiting_last = &volume->waiting_first;
+    volume->limits = (struct vblk_limits){.capacity = config->size_bytes / VBLK_SECTOR,
+                                          .discard_max = config->discard_max_bytes / VBLK_SECTOR,
+                                          .align_mem = config->align_mem_bytes,
+                                          .align_io = config->align_io_bytes,
+                                          .read_only = config->read_only};
+    volume->connection.volume = volume;
+    fill_config_space(volume);
+    if (!slab_create(volume, error, error_bytes)) {
+        volume_free(volume);
+        return -1;
+    }
+    engine->driver->add_volume(engine, volume);
+    engine->volumes[engine->volumes_count++] = volume;
+    return (int)volume->number;
+}
+
+/* While a front-end is connected the next one waits in the socket's backlog. */
+void volume_listen(struct volume *volume, bool on)
+{
+    if (on == volume->listening || volume->listen_fd < 0)
+        return;
+    if (on)
+        on = watch_add(volume->engine, volume->listen_fd, EPOLLIN, WATCH(WATCH_LISTEN, 0, volume->number));
+    else
+        watch_remove(volume->engine, volume->listen_fd);
+    volume->listening = on;
+}
+
+void volume_accept(struct volume *volume)
+{
+    if (volume->connection.state != CONNECTION_NONE || volume->stopping)
+        return;
+    int fd = accept4(volume->listen_fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (fd >= 0) {
+        connection_open(volume, fd);
+    } else if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) {
+        volume_listen(volume, false); /* it would be reported again and again */
+        volume->engine->accept_retry_ns = volume->engine->now_ns + ACCEPT_RETRY_NS;
+    }
+}
+
+void vhc_volume_start(vhc_engine *engine, uint32_t number)
+{
+    assert(number < engine->volumes_count);
+    engine->volumes[number]->started = true;
+    volume_listen(engine->volumes[number], true);
+}
+
+void vhc_volume_stop(vhc_engine *engine, uint32_t number)
+{
+    assert(number < engine->volumes_count);
+    struct volume *volume = engine->volumes[number];
+    volume_listen(volume, false);
+    volume->stopping = true;
+    if (volume->listen_fd >= 0)
+        close(volume->listen_fd);
+    volume->listen_fd = -1;
+    connection_retire(&volume->connection);
+}
+
+void vhc_set_write_cache(vhc_engine *engine, uint32_t number, int enabled)
+{
+    assert(number < engine->volumes_count);
+    engine->volumes[number]->config_space[offsetof(struct virtio_blk_config, wce)] = enabled != 0;
+}
+
+void vhc_read_volume_stats(vhc_engine *engine, uint32_t number, vhc_volume_stats *stats)
+{
+    assert(number < engine->volumes_count);
+    *stats = engine->volumes[number]->stats;
+}
+
+const char *vhc_volume_message(vhc_engine *engine, uint32_t number)
+{
+    assert(number < engine->volumes_count);
+    return engine->volumes[number]->message;
+}
+
+void *vhc_slab(vhc_engine *engine, uint32_t number)
+{
+    assert(number < engine->volumes_count);
+    return engine->volumes[number]->slab;
+}
+
+/* All I/O has ended. Front-ends are cut off. */
+void volume_destroy(struct volume *volume)
+{
+    struct connection *connection = &volume->connection;
+    volume->stopping = true;
+    if (connection->state != CONNECTION_NONE) {
+        connection_close(connection, 0, "the daemon ends");
+        connection_abandon(connection);
+    }
+    volume_listen(volume, false);
+    if (volume->listen_fd >= 0)
+        close(volume->listen_fd);
+    volume_free(volume);
+}

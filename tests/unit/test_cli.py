@@ -1,0 +1,395 @@
+"""The installed program, as a subprocess: what a user sees when something is wrong; and nothing has been touched."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.guest import VHOSTCACHE
+
+TIMEOUT_S = 60  # a safety net
+MIB = 1 << 20
+
+
+def vhostcache(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [VHOSTCACHE, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        stdin=subprocess.DEVNULL,
+        **options,
+    )
+
+
+def refused(status: int, *arguments: str | Path, **options: Any) -> str:
+    """The one line on standard error."""
+    done = vhostcache(*arguments, **options)
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("vhostcache: ")
+    return lines[0]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    with path.open("wb") as file:
+        file.truncate(64 * MIB)
+    return path
+
+
+@contextlib.contextmanager
+def served(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """A daemon that is ready; killed at the end if it still lives."""
+    command = [str(VHOSTCACHE), *map(str, arguments), "--log-format", "json"]
+    daemon = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert daemon.stderr is not None
+        for line in daemon.stderr:
+            if json.loads(line)["event"] == "ready":
+                break
+        else:
+            raise AssertionError(f"it ended with {daemon.wait()}")
+        yield daemon
+    finally:
+        daemon.kill()
+        daemon.communicate()
+
+
+def stop(daemon: subprocess.Popen[str], number: int = signal.SIGTERM) -> list[dict[str, Any]]:
+    """The events from the signal to its end."""
+    daemon.send_signal(number)
+    _, errors = daemon.communicate(timeout=TIMEOUT_S)
+    return [json.loads(line) for line in errors.splitlines()]
+
+
+# Help.
+
+
+@pytest.mark.parametrize("command", ["create", "export", "serve", "status", "schema", "bench", "version"])
+def test_every_command_has_help_and_stands_in_the_list(command: str) -> None:
+    assert f"\n  {command}" in vhostcache("--help").stdout
+    done = vhostcache(command, "--help")
+    assert done.returncode == 0
+    assert f"Usage: vhostcache {command}" in done.stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from vhostcache import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'pydantic', 'yaml', 'structlog', 'rich.table', 'cffi', 'vhostcache.engine'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=TIMEOUT_S)
+
+
+def test_every_mode_is_explained_in_the_help() -> None:
+    text = vhostcache("export", "--help").stdout
+    for mode in ("writeback", "none", "writethrough", "directsync", "unsafe"):
+        assert f"\n    {mode} " in text
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    done = vhostcache("version")
+    assert done.stdout.startswith("vhostcache ")
+    assert done.stdout.split()[1][0].isdigit()
+
+
+# Wrong questions: exit status 2.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["exprot"], "No such command 'exprot'"),
+        (["export", "x.img"], "Missing option '--socket'"),
+        (["export", "x.img", "--socket", "s", "--mode", "writebak"], "'writebak' is not one of 'writeback', 'none'"),
+        (["export", "x.img", "--socket", "s", "--ram", "256MB"], "write 'MiB'"),
+        (["export", "x.img", "--socket", "s", "--ram", "1k"], "--ram': found '1k'; allowed: a size from 8MiB"),
+        (["export", "x.img", "--socket", "s", "--ram", "8MiB"], "--ram: ram 8MiB is too small for objects of 4MiB"),
+        (["export", "x.img", "--socket", "s", "--object-size", "3M"], "a power of two from 64KiB to 64MiB"),
+        (["export", "x.img", "--socket", "s", "--num-queues", "0"], "--num-queues"),
+        (["export", "x.img", "--socket", "s", "--cache-direct", "maybe"], "'maybe' is not one of 'on', 'off'"),
+        (["export", "x.img", "--socket", "s", "--name", "a b"], "--name: found 'a b'; allowed: 1 to 64 letters"),
+        (["export", "x.img", "--socket", "s", "--serial", "x" * 21], "--serial: found"),
+        (["export", "x.img", "--socket", "s", "--socket-mode", "9"], "--socket-mode: found '9'"),
+        (["export", "x.img", "--socket", "/" + "s" * 107], "--socket: found"),
+        (["export", "x.img", "--socket", "/" + "s" * 100], "--control: found"),
+        (["export", "x.img", "--socket", "s", "--control", "s"], "--socket: found"),
+        (["export", "", "--socket", "s"], "IMAGE: found ''; allowed: a path"),
+        (["export", "x.img", "--socket", "s", "--destage-after", "soon"], "--destage-after': found 'soon'"),
+        (["create", "x.img"], "Missing option '--size'"),
+        (["create", "x.img", "--size", "1000"], "found '1000'; allowed: a multiple of 512"),
+        (["create", "x.img", "--size", "0"], "a multiple of 512"),
+        (["create", "x.img", "--size", "1P"], "not a size"),
+        (["serve", "/nowhere.yaml"], "configuration '/nowhere.yaml': does not exist"),
+        (["status"], "Missing argument"),
+    ],
+)
+def test_a_wrong_question_is_one_line_and_exit_status_two(tmp_path: Path, arguments: list[str], words: str) -> None:
+    assert words in refused(2, *arguments, cwd=tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_in_a_file_names_file_line_key_and_what_is_allowed(tmp_path: Path) -> None:
+    config = tmp_path / "disks.yaml"
+    config.write_text("volumes:\n- name: a\n  socket: s\n  backend: {path: i}\n  mode: writebak\n")
+    line = refused(2, "serve", config)
+    assert f"{config}:5:3: volumes[0].mode: found 'writebak'; allowed: writeback, none, writethrough" in line
+    assert line.endswith("(did you mean 'writeback'?)")
+    config.write_text(config.read_text().replace("mode: writebak", "modus: none"))
+    assert f"{config}:5:3: volumes[0].modus: is not a key here; allowed: name, socket," in refused(2, "serve", config)
+
+
+# A world that says no: exit status 1.
+
+
+def test_a_missing_image_is_one_line(tmp_path: Path) -> None:
+    line = refused(1, "export", "none.img", "--socket", "s", cwd=tmp_path)
+    assert "image 'none.img': does not exist" in line
+    assert "vhostcache create 'none.img' --size" in line
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 1000, 64 * MIB + 1])
+def test_a_size_that_is_not_a_multiple_of_512_is_one_line_and_the_image_stays(tmp_path: Path, size: int) -> None:
+    image = tmp_path / "odd.img"
+    image.write_bytes(b"x" * min(size, 1000))
+    os.truncate(image, size)
+    before = image.stat()
+    assert "a multiple of 512" in refused(1, "export", image, "--socket", tmp_path / "s")
+    assert (image.stat().st_size, image.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert os.listdir(tmp_path) == ["odd.img"]
+
+
+def test_no_permission_is_one_line(tmp_path: Path, image: Path, heeding_permissions: dict[str, Any]) -> None:
+    image.chmod(0o444)
+    line = refused(1, "export", image, "--socket", tmp_path / "s", **heeding_permissions)
+    assert "permission denied" in line
+    assert "--read-only" in line
+    assert os.listdir(tmp_path) == ["disk.img"]
+
+
+def test_a_socket_of_a_living_process_is_refused_and_left_alone(tmp_path: Path, image: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "s"))
+        other.listen()
+        assert "is in use by another process" in refused(1, "export", image, "--socket", tmp_path / "s")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "s"))
+
+
+def test_a_second_daemon_on_the_image_is_refused_and_the_first_goes_on(tmp_path: Path, image: Path) -> None:
+    with served("export", image, "--socket", tmp_path / "a") as first:
+        line = refused(1, "export", image, "--socket", tmp_path / "b")
+        assert f"image '{image}': is in use" in line
+        assert not (tmp_path / "b").exists()
+        done = subprocess.run(
+            ["qemu-io", "-f", "raw", "-c", "write 0 512", image], capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+        assert 'Failed to get "write" lock' in done.stderr
+        assert stop(first)[-1]["event"] == "statistics"
+        assert first.returncode == 0
+
+
+def test_who_reads_json_reads_a_refusal_as_json(tmp_path: Path) -> None:
+    done = vhostcache("export", tmp_path / "none.img", "--socket", tmp_path / "s", "--log-format", "json")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    event = json.loads(line)
+    assert (event["event"], event["level"]) == ("refused", "error")
+    assert "does not exist" in event["error"]
+
+
+def test_a_second_daemon_on_the_socket_is_refused_and_the_first_goes_on(tmp_path: Path, image: Path) -> None:
+    other = tmp_path / "other.img"
+    other.write_bytes(bytes(MIB))
+    with served("export", image, "--socket", tmp_path / "s") as first:
+        assert "is in use by a running vhostcache" in refused(1, "export", other, "--socket", tmp_path / "s")
+        assert vhostcache("status", tmp_path / "s.control").returncode == 0
+        stop(first)
+        assert first.returncode == 0
+
+
+def test_a_killed_daemon_leaves_nothing_that_stops_the_next(tmp_path: Path, image: Path) -> None:
+    with served("export", image, "--socket", tmp_path / "s") as first:
+        first.kill()
+        first.wait()
+        assert (tmp_path / "s").exists()
+        with served("export", image, "--socket", tmp_path / "s") as second:
+            stop(second)
+            assert second.returncode == 0
+    assert sorted(os.listdir(tmp_path)) == ["disk.img"]
+
+
+def test_nothing_starts_if_one_of_many_disks_is_refused(tmp_path: Path, image: Path) -> None:
+    config = tmp_path / "disks.yaml"
+    disks = [
+        {"name": "good", "socket": "good", "backend": {"path": "disk.img"}},
+        {"name": "bad", "socket": "bad", "backend": {"path": "none.img"}},
+    ]
+    config.write_text(yaml.safe_dump({"volumes": disks}))
+    assert "none.img': does not exist" in refused(1, "serve", config)
+    assert sorted(os.listdir(tmp_path)) == ["disk.img", "disks.yaml"]
+
+
+def test_an_image_that_shrinks_is_one_clear_event_and_exit_status_one(tmp_path: Path, image: Path) -> None:
+    with served("export", image, "--socket", tmp_path / "s") as daemon:
+        os.truncate(image, MIB)
+        # A read beyond the end finds out at once; an idle daemon looks when it is next used.
+        bench = vhostcache("bench", tmp_path / "s", "--rw", "read", "--bs", "64k", "--offset", "32m", "--size", "1m")
+        assert bench.returncode == 1
+        _, errors = daemon.communicate(timeout=TIMEOUT_S)
+        events = [json.loads(line) for line in errors.splitlines()]
+        (shrank,) = [event for event in events if event["event"] == "image-shrank"]
+        assert (shrank["size_bytes"], shrank["expected_bytes"]) == (MIB, 64 * MIB)
+        assert daemon.returncode == 1
+    assert image.stat().st_size == MIB, "nothing has been written"
+
+
+# create.
+
+
+def test_a_new_image_is_sparse_and_full_of_zeroes(tmp_path: Path) -> None:
+    done = vhostcache("create", tmp_path / "new.img", "--size", "4GiB")
+    assert done.stdout == f"{tmp_path}/new.img: 4GiB\n"
+    status = (tmp_path / "new.img").stat()
+    assert status.st_size == 4 << 30
+    assert status.st_blocks < 100
+
+
+def test_an_existing_file_is_never_touched(tmp_path: Path) -> None:
+    path = tmp_path / "precious"
+    path.write_text("data")
+    assert "already exists" in refused(1, "create", path, "--size", "1M")
+    assert path.read_text() == "data"
+    link = tmp_path / "link"
+    link.symlink_to("elsewhere")
+    assert "already exists" in refused(1, "create", link, "--size", "1M")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_folder_that_is_missing_or_closed_is_one_line(tmp_path: Path, heeding_permissions: dict[str, Any]) -> None:
+    assert "the folder" in refused(1, "create", tmp_path / "none" / "x", "--size", "1M")
+    tmp_path.chmod(0o555)
+    line = refused(1, "create", tmp_path / "x", "--size", "1M", **heeding_permissions)
+    tmp_path.chmod(0o755)
+    assert "permission denied" in line
+
+
+def test_a_size_that_the_file_system_cannot_hold_leaves_no_file(tmp_path: Path) -> None:
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
+
+    assert "cannot be" in refused(1, "create", tmp_path / "x", "--size", "2M", preexec_fn=limit)
+    assert os.listdir(tmp_path) == []
+
+
+# schema, serve --check, status.
+
+
+def test_the_schema_is_printed_as_json() -> None:
+    schema = json.loads(vhostcache("schema").stdout)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert "volumes" in schema["required"]
+
+
+def test_a_file_can_be_checked_without_starting_anything(tmp_path: Path) -> None:
+    config = tmp_path / "disks.yaml"
+    config.write_text("volumes: [{name: a, socket: s, backend: {path: none.img}}]")
+    assert vhostcache("serve", "--check", config).stdout == f"{config}: 1 volume, all right\n"
+    assert os.listdir(tmp_path) == ["disks.yaml"]
+
+
+def test_status_is_a_table_for_people_and_json_for_programs(tmp_path: Path, image: Path) -> None:
+    with served("export", image, "--socket", tmp_path / "s", "--name", "root") as daemon:
+        table = vhostcache("status", tmp_path / "s.control").stdout
+        assert "root" in table
+        assert "serving" in table
+        answer = json.loads(vhostcache("status", "--json", tmp_path / "s").stdout)
+        (volume,) = answer["volumes"]
+        assert (volume["name"], volume["connected"], volume["size_bytes"]) == ("root", False, 64 * MIB)
+        assert answer["pid"] == daemon.pid
+        stop(daemon)
+        assert "control': " in refused(1, "status", tmp_path / "s.control")
+
+
+# serve, and the life of a daemon.
+
+
+def test_many_disks_are_served_from_one_file_with_relative_paths(tmp_path: Path) -> None:
+    disks: list[dict[str, Any]] = []
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.img").write_bytes(bytes(MIB))
+        disks.append({"name": name, "socket": f"{name}.s", "backend": {"path": f"{name}.img"}, "ram": "16MiB"})
+    config = tmp_path / "disks.yaml"
+    config.write_text(yaml.safe_dump({"volumes": disks, "control": "control.s"}))
+    with served("serve", config) as daemon:
+        for disk in disks:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(tmp_path / disk["socket"]))
+        answer = json.loads(vhostcache("status", "--json", tmp_path / "control.s").stdout)
+        assert [volume["name"] for volume in answer["volumes"]] == ["one", "two"]
+        events = stop(daemon, signal.SIGINT)
+        assert daemon.returncode == 0
+    assert {event["volume"] for event in events if event["event"] == "statistics"} == {"one", "two"}
+    assert sorted(os.listdir(tmp_path)) == ["disks.yaml", "one.img", "two.img"]
+
+
+def test_the_socket_has_the_permissions_that_were_asked_for(tmp_path: Path, image: Path) -> None:
+    with served("export", image, "--socket", tmp_path / "s", "--socket-mode", "0666") as daemon:
+        assert (tmp_path / "s").stat().st_mode & 0o777 == 0o666
+        assert (tmp_path / "s.control").stat().st_mode & 0o777 == 0o600
+        stop(daemon)
+
+
+def test_closed_standard_descriptors_stop_nothing(tmp_path: Path, image: Path) -> None:
+    with served("export", image, "--socket", tmp_path / "s") as daemon:
+        assert daemon.stdout is not None
+        assert daemon.stderr is not None
+        daemon.stdout.close()
+        daemon.stderr.close()
+        assert vhostcache("status", tmp_path / "s.control").returncode == 0
+        daemon.send_signal(signal.SIGUSR1)
+        assert vhostcache("status", tmp_path / "s.control").returncode == 0
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(TIMEOUT_S) == 0
+        daemon.stdout = daemon.stderr = None
+
+
+def test_an_idle_daemon_uses_no_processor_time(tmp_path: Path, image: Path) -> None:
+    with served("export", image, "--socket", tmp_path / "s") as daemon:
+
+        def ticks() -> int:
+            fields = Path(f"/proc/{daemon.pid}/stat").read_text().rpartition(")")[2].split()
+            return int(fields[11]) + int(fields[12])
+
+        def switches() -> int:
+            text = Path(f"/proc/{daemon.pid}/status").read_text()
+            return int(text.split("voluntary_ctxt_switches:")[1].split()[0])
+
+        time.sleep(0.5)
+        before = ticks(), switches()
+        time.sleep(2)
+        assert (ticks(), switches()) == before, "it has not even woken up"
+        stop(daemon)

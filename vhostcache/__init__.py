@@ -1,0 +1,1 @@
+"""A write-back cache daemon that serves virtio-blk disks over vhost-user."""

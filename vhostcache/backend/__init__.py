@@ -1,0 +1,1 @@
+"""Where a volume's data ends up. One contract (base), one module for each kind."""

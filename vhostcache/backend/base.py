@@ -1,0 +1,56 @@
+"""The contract of a backend.
+
+A backend is opened before the engine takes its volume and closed after the engine has let go of it. Opening does
+everything that can be refused (existence, permission, size, locks) and touches no byte of the data. The engine then
+reads and writes through `descriptor`; the backend itself is asked for facts only.
+
+    Refused  ImageError, one line.
+    Warned   opened, but not as asked (no O_DIRECT on this file system): one Notice in `warnings`, to be logged once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the engine and the core need to know, true from opening to closing."""
+
+    descriptor: int  # stays the backend's; the engine uses it until it has let go of the volume
+    size_bytes: int  # a multiple of 512, more than 0
+    read_only: bool
+    direct: bool  # page cache bypassed
+    align_mem_bytes: int  # what direct I/O asks of memory addresses; 1: nothing
+    align_io_bytes: int  # and of offsets and lengths; 1: nothing
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something for the log: an event name and its fields."""
+
+    event: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+class Backend(ABC):
+    """One opened backend."""
+
+    kind: ClassVar[str]
+    facts: Facts
+    warnings: tuple[Notice, ...] = ()
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """What people call it, in messages."""
+
+    @abstractmethod
+    def check(self) -> Notice | None:
+        """Look whether it is still what was opened; a Notice says how it is not. Cheap, never waits for the data."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it and of its locks. More than once is allowed."""

@@ -1,0 +1,462 @@
+"""The command line.
+
+Every command is imported when it is called, so that `--help` is quick. What is wrong with what the user asked for is
+one line on standard error; exit status 2 for a wrong question (options, configuration), 1 where the world says no.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import click
+
+from vhostcache.errors import EXIT_RUNTIME, EXIT_USAGE, Error, UsageError, one_line, why
+from vhostcache.modes import DEFAULT, MODES
+
+if TYPE_CHECKING:
+    from vhostcache.config import Config
+
+PROGRAM: Final = "vhostcache"
+
+# Commands that live in other modules, and how the list of commands describes them.
+_ELSEWHERE: Final = {
+    "bench": ("vhostcache.loadgen", "bench_command", "Put load on a vhost-user-blk server and measure it.")
+}
+
+
+class _Commands(click.Group):
+    """The list of commands; those of other modules are imported when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        order = ["create", "export", "serve", "status", "bench", "schema", "version"]
+        return [name for name in order if name in self.commands or name in _ELSEWHERE]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        module, name, _ = _ELSEWHERE[cmd_name]
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            about = _ELSEWHERE[name][2] if name in _ELSEWHERE else self.commands[name].get_short_help_str(70)
+            rows.append((name, about))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+class _Quantity(click.ParamType):  # type: ignore[type-arg]
+    """A size or a duration, checked by the rule of its configuration key; it stays text, as in a file."""
+
+    name = "quantity"
+
+    def __init__(self, limits: str) -> None:
+        self._limits = limits
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from pydantic_core import PydanticCustomError
+
+        from vhostcache import config
+
+        limits = getattr(config, self._limits)
+        parse = config.parse_duration if self._limits == "DESTAGE_AFTER" else config.parse_size
+        try:
+            limits.check(parse(value))
+        except ValueError as error:
+            why_not = "" if isinstance(error, PydanticCustomError) else f"{error}; "
+            self.fail(f"found '{value}'; {why_not}allowed: {limits.allowed}", param, ctx)
+        return str(value)
+
+
+_ON_OFF: Final = click.Choice(["on", "off"])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def cli() -> None:
+    """A write-back cache daemon for the disks of QEMU guests.
+
+    It serves virtio-blk disks over vhost-user, keeps the guest's writes in RAM, and turns many small requests into few
+    large ones to the image behind. A guest's flush is answered when everything before it is in the image.
+
+    \b
+      vhostcache create disk.img --size 4GiB
+      vhostcache export disk.img --socket /run/vda.sock
+          prints the QEMU arguments that attach the disk, and serves it until Ctrl-C
+      vhostcache status /run/vda.sock.control
+      vhostcache serve disks.yaml
+          many disks from one file; `vhostcache schema` describes it
+
+    Exit status: 0 done, 1 the world says no (one line says how), 2 a wrong option or configuration.
+    """
+
+
+@cli.command(short_help="Make a new, empty raw image.")
+@click.argument("image", type=click.Path())
+@click.option(
+    "--size", type=_Quantity("IMAGE"), required=True, metavar="SIZE", help="Such as 4GiB or 512M; a multiple of 512."
+)
+def create(image: str, size: str) -> None:
+    """Make IMAGE, a new raw disk image full of zeroes.
+
+    It is sparse: it takes room on the disk as data is written into it. A file that already exists is never touched.
+
+    \b
+      vhostcache create disk.img --size 4GiB
+    """
+    import os
+
+    from vhostcache.config import format_size, parse_size
+    from vhostcache.errors import ImageError
+
+    size_bytes = parse_size(size)
+
+    subject = f"image '{image}'"
+    try:
+        descriptor = os.open(image, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError as error:
+        raise ImageError(subject, "already exists", "a new name", "nothing has been changed") from error
+    except FileNotFoundError as error:
+        raise ImageError(
+            subject, f"the folder '{os.path.dirname(image) or '.'}' does not exist", hint="make it first"
+        ) from error
+    except OSError as error:
+        raise ImageError(subject, why(error)) from error
+    try:
+        os.ftruncate(descriptor, size_bytes)
+        os.fsync(descriptor)
+    except OSError as error:
+        os.unlink(image)
+        raise ImageError(
+            subject, f"cannot be {size_bytes} bytes large: {why(error)}", hint="it has been removed again"
+        ) from error
+    finally:
+        os.close(descriptor)
+    click.echo(f"{image}: {format_size(size_bytes)}")
+
+
+def _volume_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of one volume, in the order of `--help`."""
+    options = [
+        click.option("--name", default="vda", show_default=True, help="What events and statistics call the disk."),
+        click.option(
+            "--mode",
+            type=click.Choice(list(MODES)),
+            default=DEFAULT,
+            show_default=True,
+            help="QEMU's cache mode, see above.",
+        ),
+        click.option("--cache-writeback", type=_ON_OFF, help="Override this part of the mode."),
+        click.option("--cache-direct", type=_ON_OFF, help="Override this part of the mode."),
+        click.option("--cache-no-flush", type=_ON_OFF, help="Override this part of the mode."),
+        click.option(
+            "--ram",
+            type=_Quantity("RAM"),
+            metavar="SIZE",
+            default="256MiB",
+            show_default=True,
+            help="Bound of the RAM tier.",
+        ),
+        click.option(
+            "--object-size",
+            type=_Quantity("OBJECT"),
+            metavar="SIZE",
+            default="4MiB",
+            show_default=True,
+            help="Unit in which writes are merged: a power of two, 64KiB to 64MiB.",
+        ),
+        click.option(
+            "--num-queues", type=click.IntRange(1, 64), help="The most queues the guest may use.  [default: 64]"
+        ),
+        click.option("--read-only", is_flag=True, help="Serve a read-only disk; readers may share an image."),
+        click.option("--serial", metavar="TEXT", help="The disk's serial number.  [default: its name]"),
+        click.option(
+            "--write-depth",
+            type=click.IntRange(1, 256),
+            help="The most large writes at once on the image.  [default: 16]",
+        ),
+        click.option(
+            "--destage-after",
+            type=_Quantity("DESTAGE_AFTER"),
+            metavar="TIME",
+            default="5s",
+            show_default=True,
+            help="Dirty data older than this goes to the image without a flush.",
+        ),
+        click.option(
+            "--socket-mode",
+            metavar="OCTAL",
+            help="Permissions of the socket; 0660 or 0666 if QEMU is another user.  [default: 0600]",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+_LOG_FORMAT: Final = click.option(
+    "--log-format", type=click.Choice(["console", "json"]), help="Of the events on standard error.  [default: console]"
+)
+_IO_ENGINE: Final = click.option(
+    "--io-engine",
+    type=click.Choice(["auto", "threads"]),
+    help="auto: io_uring, or a pool of threads where it is forbidden.  [default: auto]",
+)
+_POLL: Final = click.option(
+    "--poll-max-us",
+    type=click.IntRange(0, 10_000),
+    help="The longest to poll before sleeping, in microseconds; 0: never poll.  [default: 50]",
+)
+
+
+@cli.command(short_help="Serve one image as a disk.")
+@click.argument("image", type=click.Path())
+@click.option("--socket", required=True, type=click.Path(), metavar="PATH", help="The vhost-user socket to listen on.")
+@_volume_options
+@click.option("--shutdown-on-disconnect", is_flag=True, help="Drain and end when the guest has gone.")
+@click.option("--control", type=click.Path(), metavar="PATH", help="Control socket.  [default: SOCKET.control]")
+@_LOG_FORMAT
+@_POLL
+@_IO_ENGINE
+def export(image: str, socket: str, control: str | None, shutdown_on_disconnect: bool, **options: Any) -> None:
+    """Serve IMAGE (a raw image or a block device) as a virtio disk at a vhost-user socket.
+
+    Prints the QEMU arguments that attach it, then one line an event. SIGTERM or Ctrl-C drains: everything goes to the
+    image, the image is flushed, and the exit status is 0. SIGUSR1 prints statistics.
+
+    \b
+    Modes, as QEMU's:      a write is acknowledged    image opened   guest flush
+      writeback            in the RAM tier            page cache     writes everything to the image, flushes it
+      none                 in the RAM tier            O_DIRECT       the same
+      writethrough         when it is in the image    page cache     already true
+      directsync           when it is in the image    O_DIRECT       already true
+      unsafe               in the RAM tier            page cache     ignored
+
+    \b
+    Examples:
+      vhostcache export disk.img --socket /run/vda.sock
+      vhostcache export disk.img --socket /run/vda.sock --ram 1GiB --mode none --num-queues 4
+      vhostcache export /dev/vg0/guest --socket /run/vda.sock --socket-mode 0666 --log-format json
+    """
+    config = _export_config(image, socket, control or f"{socket}.control", options)
+    _serve(config, shutdown_on_disconnect)
+
+
+@cli.command(short_help="Serve many disks from one YAML file.")
+@click.argument("file", metavar="CONFIG", type=click.Path())
+@_LOG_FORMAT
+@_POLL
+@_IO_ENGINE
+@click.option("--check", is_flag=True, help="Only say whether the file is right.")
+def serve(file: str, check: bool, **options: Any) -> None:
+    """Serve the disks that CONFIG, a YAML file, describes. All of them start, or none.
+
+    \b
+      control: control.sock              # for `vhostcache status`; paths are relative to the file
+      volumes:
+        - name: vda
+          socket: vda.sock
+          backend: {type: file, path: disk.img}
+          ram: 256MiB
+          mode: none                     # writeback, none, writethrough, directsync, unsafe
+        - name: logs
+          socket: logs.sock
+          backend: {path: /dev/vg0/logs}
+          object_size: 1MiB
+          cache: {no_flush: off}         # a mode's parts: writeback, direct, no_flush
+
+    Options given here win over the file. `vhostcache schema` prints every key with its meaning.
+    """
+    from vhostcache.config import load
+
+    config = load(file)
+    if check:
+        click.echo(f"{file}: {len(config.volumes)} volume{'s' if len(config.volumes) != 1 else ''}, all right")
+        return
+    config = config.model_copy(update={key: value for key, value in options.items() if value is not None})
+    _serve(config, shutdown_on_disconnect=False)
+
+
+@cli.command(short_help="Ask a running daemon how it is.")
+@click.argument("sockets", nargs=-1, required=True, metavar="CONTROL_SOCKET...", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a daemon, a line each.")
+def status(sockets: tuple[str, ...], as_json: bool) -> None:
+    """Ask daemons over their control sockets. `export` listens on SOCKET.control, `serve` on the file's `control`.
+
+    \b
+      vhostcache status /run/vda.sock.control
+      vhostcache status --json /run/vhostcache/control.sock | jq .volumes[].dirty_bytes
+    """
+    import os
+
+    from vhostcache.control import query
+
+    answers = []
+    for path in sockets:
+        # The disk's own socket is what people have at hand.
+        control = f"{path}.control" if not path.endswith(".control") and os.path.exists(f"{path}.control") else path
+        answers.append(query(control, "status"))
+    if as_json:
+        for answer in answers:
+            click.echo(json.dumps(answer))
+    else:
+        _print_status(answers)
+
+
+@cli.command(short_help="Print the JSON schema of the YAML file.")
+def schema() -> None:
+    """Print the JSON schema of `serve`'s configuration: every key, its meaning and its default."""
+    from vhostcache.config import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@cli.command(short_help="Print the version.")
+def version() -> None:
+    """Print the version."""
+    click.echo(f"{PROGRAM} {_version()}")
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The program. Whatever goes wrong, it is one line and an exit status."""
+    try:
+        result = cli.main(args=arguments, prog_name=PROGRAM, standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except Error as error:
+        _fail(str(error), error.exit_status)
+    except click.UsageError as error:
+        name = error.ctx.command_path if error.ctx is not None else PROGRAM
+        _fail(f"{error.format_message()} (see {name} --help)", EXIT_USAGE)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(EXIT_RUNTIME)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    click.echo(f"{PROGRAM}: {one_line(message)}", err=True)
+    sys.exit(status)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed(PROGRAM)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _export_config(image: str, socket: str, control: str, options: dict[str, Any]) -> Config:
+    from pydantic import ValidationError
+
+    from vhostcache.config import Config, explain_options, refuse_duplicates
+
+    top = {key: options.pop(key) for key in ("log_format", "poll_max_us", "io_engine")}
+    cache = {part: options.pop(f"cache_{part}") for part in ("writeback", "direct", "no_flush")}
+    volume = {
+        "socket": socket,
+        "backend": {"type": "file", "path": image},
+        "cache": {part: value == "on" for part, value in cache.items() if value is not None},
+        **{key: value for key, value in options.items() if value is not None},
+    }
+    # In messages a key is called by its option.
+    here = ("volumes", 0)
+    names: dict[tuple[str | int, ...], str] = {(*here, key): f"--{key.replace('_', '-')}" for key in (*volume, "ram")}
+    names |= {(*here, "backend", "path"): "IMAGE", ("control",): "--control"}
+
+    def at(place: tuple[str | int, ...], message: str) -> UsageError:
+        return UsageError(names.get(place, ".".join(map(str, place))), message)
+
+    values = {
+        "volumes": [volume],
+        "control": control,
+        **{key: value for key, value in top.items() if value is not None},
+    }
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise explain_options(error, names) from None
+    refuse_duplicates(config, at)
+    return config
+
+
+def _serve(config: Config, shutdown_on_disconnect: bool) -> None:
+    from vhostcache.daemon import Daemon
+    from vhostcache.events import EventLog
+
+    log = EventLog(config.log_format)
+    try:
+        status = Daemon(config, log, _version(), shutdown_on_disconnect, _output).run()
+    except Error as error:
+        if config.log_format != "json":
+            raise
+        log.error("refused", error=str(error))  # who reads JSON reads nothing else
+        status = error.exit_status
+    except Exception:
+        log.exception("internal-error", hint="a fault in vhostcache itself: please report it")
+        status = EXIT_RUNTIME
+    finally:
+        log.close()
+    sys.exit(status)
+
+
+def _output(text: str) -> None:
+    """To standard output, which may be closed."""
+    try:
+        click.echo(text)
+    except OSError:
+        sys.stdout = None  # nobody reads it: later writes go nowhere
+
+
+def _print_status(answers: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for answer in answers:
+        uptime = _duration(float(answer["uptime_s"]))
+        title = f"vhostcache {answer['version']}, process {answer['pid']}, {answer['state']} for {uptime}"
+        table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for heading in ("volume", "state", "guest", "mode", "size", "dirty", "cached", "ram", "hits", "flushes"):
+            table.add_column(heading, justify="left" if heading in ("volume", "state", "guest", "mode") else "right")
+        for volume in answer["volumes"]:
+            lookups = volume["hits"] + volume["misses"]
+            table.add_row(
+                Text(volume["name"]),
+                Text(volume["state"], style="" if volume["state"] == "serving" else "bold red"),
+                "connected" if volume["connected"] else "absent",
+                Text(volume["mode"] + (", read-only" if volume["read_only"] else "")),
+                *(_size(volume[key]) for key in ("size_bytes", "dirty_bytes", "cached_bytes", "ram_bytes")),
+                f"{100 * volume['hits'] / lookups:.0f} %" if lookups else "-",
+                f"{volume['flushes_received']:,}",
+            )
+        console.print(table)
+
+
+def _size(size_bytes: int) -> str:
+    value, unit = float(size_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.1f} {unit}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,623 @@
+"""The daemon: opens everything, runs the loop, drains and leaves.
+
+Owns the composition (configuration -> backends, sockets, engine, volumes) and the one loop that is the hot path: one
+call into the engine a turn, then the core. All or nothing at the start: what can be refused is refused before the
+first socket accepts.
+
+In the loop nothing blocks and nothing is logged for a request; what takes longer (statistics, a status answer) goes in
+slices, one a turn. Python's garbage collector is off, and runs when the daemon has been idle for a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import resource
+import shlex
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+from vhostcache import metrics
+from vhostcache.backend.base import Backend
+from vhostcache.backend.file import FileBackend
+from vhostcache.config import Config, VolumeConfig
+from vhostcache.control import ControlChannel
+from vhostcache.engine import Engine
+from vhostcache.errors import EXIT_OK, EXIT_RUNTIME, ControlError, why_number
+from vhostcache.events import EventLog
+from vhostcache.map import slots_for_ram
+from vhostcache.sockets import Listener
+from vhostcache.volume import NEVER, Volume, VolumeSettings
+
+EVENT_CONNECTED: Final = 1
+EVENT_DISCONNECTED: Final = 2
+EVENT_FEATURES: Final = 3
+EVENT_WCE: Final = 4
+EVENT_QUIESCE: Final = 5
+EVENT_QUEUE: Final = 6
+EVENT_READABLE: Final = 7
+EVENT_RESUMED: Final = 8
+EVENT_BAD_REQUEST: Final = 9
+
+FEATURE_FLUSH: Final = 1 << 9  # VIRTIO_BLK_F_FLUSH
+
+SECOND_NS: Final = 1_000_000_000
+DISCARD_MAX_BYTES: Final = 64 << 20  # what one DISCARD or WRITE_ZEROES may name: a bound for what one request starts
+STATUS_SLICE: Final = 16  # volumes described in one turn
+DONE: Final = -1
+_JOBS: Final = 4
+_ENDED: Final = object()
+_WATCH_SIGNALS: Final = 0  # the control server's numbers count up from 1, one for each start
+
+_LEVELS: Final = {"backend-recovered": "info", "no-direct-io": "warning"}  # of notices; the others are errors
+
+
+class State(Enum):
+    SERVING = "serving"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+@dataclass
+class Served:
+    """One volume and all that belongs to it, away from the hot path."""
+
+    config: VolumeConfig
+    backend: Backend
+    listener: Listener
+    volume: Volume
+    state: State = State.SERVING
+    connected: bool = False
+    failed: bool = False
+    # The guest's write cache: as configured or as the guest has set it; whether it may flush; and whether it may
+    # believe something else, because an earlier process has told it so.
+    write_cache: bool = True
+    flush_negotiated: bool = True
+    write_cache_unknown: bool = False
+    told: bool | None = None
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+
+class Daemon:
+    """`Daemon(config, ...).run()` returns the exit status. Everything it opens is closed again, whatever happens."""
+
+    def __init__(
+        self,
+        config: Config,
+        log: EventLog,
+        version: str,
+        shutdown_on_disconnect: bool = False,
+        output: Callable[[str], None] | None = None,
+        engine_class: Callable[..., Engine] = Engine,
+    ) -> None:
+        self._config = config
+        self._log = log
+        self._version = version
+        self._shutdown_on_disconnect = shutdown_on_disconnect
+        self._output = output or (lambda text: None)
+        self._engine_class = engine_class
+        self._operations: list[int] = []
+        self._served: list[Served] = []
+        self._jobs: deque[Iterator[None]] = deque()
+        self._control: ControlChannel | None = None
+        self._control_number = _WATCH_SIGNALS
+        self._signals: socket.socket | None = None
+        self._shutting_down = False
+        self._progress_at_ns = NEVER
+        self._rare = False  # something below the hot path wants a word in the next turn
+        self._started_at_s = 0.0
+
+    # Start.
+
+    def run(self) -> int:
+        """Serve until told to stop. Error: something was refused, and nothing has been started."""
+        with contextlib.ExitStack() as stack:
+            _raise_descriptor_limit(len(self._config.volumes))
+            backends = [self._open_backend(volume, stack) for volume in self._config.volumes]
+            listeners = [self._listen(volume.socket, volume.socket_mode, stack) for volume in self._config.volumes]
+            control = self._listen(self._config.control, 0o600, stack) if self._config.control is not None else None
+            self._engine = self._engine_class(
+                poll_max_us=self._config.poll_max_us, force_threads=self._config.io_engine == "threads"
+            )
+            stack.callback(self._engine.close)
+            for volume, backend, listener in zip(self._config.volumes, backends, listeners, strict=True):
+                self._served.append(self._add(volume, backend, listener))
+            self._catch_signals(stack)
+            if control is not None:
+                self._control = ControlChannel(control, self._version, self._watch_control)
+                stack.callback(self._control.close)
+                self._control.start(time.monotonic_ns())
+            self._started_at_s = time.monotonic()
+            for index in range(len(self._served)):
+                self._engine.start_volume(index)
+            self._announce()
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+            stack.callback(gc.enable)
+            self._loop()
+            self._report_all()
+        return EXIT_RUNTIME if any(served.failed for served in self._served) else EXIT_OK
+
+    def _open_backend(self, volume: VolumeConfig, stack: contextlib.ExitStack) -> Backend:
+        backend = FileBackend(volume.backend.path, volume.read_only, volume.cache_mode.direct)
+        stack.callback(backend.close)
+        for warning in backend.warnings:
+            self._notice(volume.name, warning.event, warning.fields)
+        return backend
+
+    def _listen(self, path: str, permissions: int, stack: contextlib.ExitStack) -> Listener:
+        listener = Listener(path, permissions)
+        stack.callback(listener.close)
+        return listener
+
+    def _add(self, config: VolumeConfig, backend: Backend, listener: Listener) -> Served:
+        facts, mode = backend.facts, config.cache_mode
+        slots = slots_for_ram(config.ram)
+        index = self._engine.add_volume(
+            listen_fd=listener.detach(),
+            backend_fd=facts.descriptor,
+            size_bytes=facts.size_bytes,
+            slots=slots,
+            object_bytes=config.object_size,
+            num_queues=config.num_queues,
+            read_only=config.read_only,
+            write_cache=mode.writeback,
+            align_mem_bytes=facts.align_mem_bytes,
+            align_io_bytes=facts.align_io_bytes,
+            write_depth=config.write_depth,
+            discard_max_bytes=DISCARD_MAX_BYTES,
+            serial=config.serial_text,
+        )
+        assert index == len(self._served)
+        settings = VolumeSettings(
+            index=index,
+            size_bytes=facts.size_bytes,
+            object_bytes=config.object_size,
+            slots=slots,
+            acknowledge_durable=not mode.writeback,
+            ignore_flush=mode.no_flush,
+            destage_after_ns=config.destage_after,
+        )
+        volume = Volume(settings, self._operations)
+        return Served(config, backend, listener, volume, write_cache=mode.writeback)
+
+    def _catch_signals(self, stack: contextlib.ExitStack) -> None:
+        """Signals become input of the loop: the C-level handler writes their numbers to a socket that the engine
+        watches.
+        """
+        receiver, sender = socket.socketpair()
+        stack.enter_context(receiver)
+        stack.enter_context(sender)
+        receiver.setblocking(False)
+        sender.setblocking(False)
+        stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, _ignore)
+            # Who asks for the end while it is coming must not turn it into a death by signal.
+            stack.callback(signal.signal, number, signal.SIG_IGN)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        self._signals = receiver
+        self._engine.watch(receiver.fileno(), _WATCH_SIGNALS)
+
+    def _watch_control(self, descriptor: int) -> None:
+        self._control_number += 1
+        self._engine.watch(descriptor, self._control_number)
+
+    def _announce(self) -> None:
+        for served in self._served:
+            self._output(qemu_arguments(served.config))
+            facts = served.backend.facts
+            self._log.info(
+                "volume",
+                volume=served.name,
+                socket=served.config.socket,
+                backend=served.config.backend.path,
+                size_bytes=facts.size_bytes,
+                mode=served.config.cache_mode.name,
+                direct=facts.direct,
+                read_only=facts.read_only,
+                ram_bytes=served.config.ram,
+                object_bytes=served.config.object_size,
+            )
+        names = [served.name for served in self._served]
+        engine = self._engine.engine_statistics()
+        if not engine["io_uring"] and self._config.io_engine == "auto":
+            self._log.warning(
+                "no-io-uring",
+                reason="the kernel or a container forbids it",
+                instead="a pool of threads is used: slower",
+            )
+        self._log.info(
+            "ready",
+            pid=os.getpid(),
+            version=self._version,
+            volumes=names if len(names) <= 32 else len(names),
+            control=self._config.control,
+            io_uring=bool(engine["io_uring"]),
+            registered_buffers=bool(engine["registered_buffers"]),
+        )
+        _notify_supervisor("READY=1")
+
+    # The loop.
+
+    def _loop(self) -> None:
+        """Turn after turn, until every volume has stopped."""
+        turn = self._engine.turn
+        operations = self._operations
+        count = len(self._served)
+        volumes = [served.volume for served in self._served]
+        take = [volume.requests for volume in volumes]
+        io_done = [volume.io_done for volume in volumes]
+        tick = [volume.tick for volume in volumes]
+        notices = [volume.notices for volume in volumes]
+        deadlines = [0] * count
+        everything = range(count)
+        touched: set[int] = set()
+        busy = False
+        housekeeping_ns = NEVER
+        timeout_ns = 0
+        while True:
+            result = turn(operations, timeout_ns)
+            operations.clear()
+            now_ns = result.now_ns
+            touched.clear()
+
+            # First of all: a request that comes in one turn with the news that the write cache is off, or that
+            # the front-end has connected, may have been made after that.
+            if result.events:
+                for kind, index, argument in zip(result.event_kind, result.event_volume, result.event_arg, strict=True):
+                    self._event(kind, index, argument, now_ns)
+                touched.update(everything)  # a signal or a command may concern any of them
+            if result.groups:
+                what, tag, sector, sectors = result.what, result.tag, result.sector, result.sectors
+                if result.groups == 1:
+                    index = result.group_volume[0]
+                    take[index](what, tag, sector, sectors, now_ns)
+                    touched.add(index)
+                else:
+                    start = 0
+                    for index, end in zip(result.group_volume, result.group_end, strict=True):
+                        take[index](what[start:end], tag[start:end], sector[start:end], sectors[start:end], now_ns)
+                        touched.add(index)
+                        start = end
+                busy = True
+                if housekeeping_ns == NEVER:
+                    housekeeping_ns = now_ns + SECOND_NS
+            if result.completions:
+                for index, group, status in zip(result.done_volume, result.done_group, result.done_result, strict=True):
+                    io_done[index](group, status)
+                    touched.add(index)
+            wake_ns = NEVER
+            for index in everything:
+                deadline_ns = deadlines[index]
+                if deadline_ns <= now_ns or index in touched:
+                    deadline_ns = deadlines[index] = tick[index](now_ns)
+                    if notices[index]:
+                        self._drain_notices(index)
+                if deadline_ns < wake_ns:
+                    wake_ns = deadline_ns
+
+            if now_ns >= housekeeping_ns:
+                self._check_images(now_ns)
+                if busy:
+                    housekeeping_ns = now_ns + SECOND_NS
+                    busy = False
+                else:
+                    housekeeping_ns = NEVER
+                    gc.collect()
+                    gc.freeze()
+            if housekeeping_ns < wake_ns:
+                wake_ns = housekeeping_ns
+            if self._rare:
+                rare_ns = self._rarely(now_ns)
+                if rare_ns == DONE:
+                    return
+                if rare_ns < wake_ns:
+                    wake_ns = rare_ns
+            timeout_ns = -1 if wake_ns >= NEVER else max(0, wake_ns - now_ns)
+
+    def _rarely(self, now_ns: int) -> int:
+        """What only some turns have to do. Returns when it wants the next turn; DONE: every volume has stopped."""
+        wake_ns = NEVER
+        if self._jobs:
+            wake_ns = 0
+            if next(self._jobs[0], _ENDED) is _ENDED:
+                self._jobs.popleft()
+        control = self._control
+        if control is not None and now_ns >= control.restart_at_ns:
+            try:
+                control.restart(now_ns)
+                self._log.info("control-server-started", restarts=control.restarts)
+            except ControlError as error:
+                self._log.error("control-server-failed", error=str(error))
+        if control is not None:
+            wake_ns = min(wake_ns, control.restart_at_ns)
+        draining = [served for served in self._served if served.state is State.DRAINING]
+        if draining:
+            if self._operations:
+                return 0  # not yet seen by the engine
+            for served in draining:
+                if not served.connected and served.volume.drained:
+                    served.state = State.STOPPED
+                    served.listener.close()
+                    self._log.info("drained", volume=served.name)
+            if all(served.state is State.STOPPED for served in self._served):
+                return DONE
+            wake_ns = min(wake_ns, self._progress(now_ns))
+        self._rare = wake_ns < NEVER
+        return wake_ns
+
+    def _progress(self, now_ns: int) -> int:
+        """Say once a second how far draining has come, and when to say it next."""
+        if now_ns >= self._progress_at_ns:
+            self._progress_at_ns = now_ns + SECOND_NS
+            for served in self._served:
+                if served.state is State.DRAINING:
+                    dirty = served.volume.statistics()["dirty_blocks"]
+                    self._log.info("draining", volume=served.name, dirty_bytes=dirty * 4096, connected=served.connected)
+        return self._progress_at_ns
+
+    # Events, each rare.
+
+    def _event(self, kind: int, index: int, argument: int, now_ns: int) -> None:
+        if kind == EVENT_READABLE:
+            if index == _WATCH_SIGNALS:
+                self._read_signals(now_ns)
+            elif index == self._control_number:
+                self._read_control(now_ns)
+            return
+        served = self._served[index]
+        volume, log, name = served.volume, self._log, served.name
+        if kind == EVENT_QUIESCE:
+            volume.quiesce(bool(argument))
+        elif kind == EVENT_CONNECTED:
+            served.connected = True
+            volume.connected()
+            log.limited(now_ns, "info", "connected", name)
+        elif kind == EVENT_DISCONNECTED:
+            self._disconnected(served, argument, index, now_ns)
+        elif kind == EVENT_FEATURES:
+            served.flush_negotiated = bool(argument & FEATURE_FLUSH)
+            self._tell_write_cache(served)
+            log.limited(now_ns, "info", "features", name, features=f"{argument:#x}", flush=served.flush_negotiated)
+        elif kind == EVENT_WCE:
+            served.write_cache = bool(argument)
+            served.write_cache_unknown = False
+            served.told = None
+            self._tell_write_cache(served)
+            log.limited(now_ns, "info", "write-cache", name, enabled=served.write_cache)
+        elif kind == EVENT_RESUMED:
+            served.write_cache_unknown = True
+            served.told = None
+            self._tell_write_cache(served)
+            log.limited(now_ns, "info", "resumed", name)
+        elif kind == EVENT_QUEUE:
+            log.limited(
+                now_ns,
+                "info",
+                "queue",
+                name,
+                queue=argument & 0xFFFF,
+                started=bool(argument >> 16 & 1),
+                resubmitted=argument >> 32,
+            )
+        elif kind == EVENT_BAD_REQUEST:
+            log.limited(now_ns, "warning", "bad-request", name, count=argument)
+
+    def _disconnected(self, served: Served, reason: int, index: int, now_ns: int) -> None:
+        served.connected = False
+        served.volume.disconnected()
+        if served.write_cache_unknown:
+            # The next front-end brings its own history.
+            served.write_cache_unknown = False
+            served.told = None
+        if reason:
+            message = self._engine.volume_message(index)
+            self._log.limited(now_ns, "warning", "protocol-error", served.name, error=message)
+        self._log.limited(now_ns, "info", "disconnected", served.name)
+        if served.state is State.DRAINING:
+            served.volume.drain()  # what was accepted since the first time
+        elif self._shutdown_on_disconnect:
+            self._shut_down("the front-end has disconnected")
+
+    def _tell_write_cache(self, served: Served) -> None:
+        """Tell the core what the guest believes, when that has changed. Without FLUSH a guest has no way to ask."""
+        enabled = served.write_cache and served.flush_negotiated
+        if enabled == served.told:
+            return
+        served.told = enabled
+        served.volume.set_write_cache(enabled)
+        if enabled and served.write_cache_unknown:
+            served.volume.write_cache_unknown()
+
+    def _read_signals(self, now_ns: int) -> None:
+        assert self._signals is not None
+        try:
+            numbers = self._signals.recv(64)
+        except BlockingIOError:
+            return
+        for number in numbers:
+            if number == signal.SIGUSR1:
+                self._start_job(self._report_slowly())
+            elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                name = signal.Signals(number).name
+                if self._shutting_down:
+                    self._log.warning(
+                        "still-draining", signal=name, hint="only SIGKILL ends it now, and loses what is dirty"
+                    )
+                else:
+                    self._shut_down(name)
+
+    def _read_control(self, now_ns: int) -> None:
+        assert self._control is not None
+        question = self._control.readable(now_ns)
+        if question is None:
+            self._log.warning("control-server-died", restarts=self._control.restarts)
+            self._rare = True
+        elif question == "status":
+            self._start_job(self._answer_status())
+
+    # Stopping.
+
+    def _shut_down(self, reason: str) -> None:
+        self._shutting_down = True
+        self._log.info("stopping", reason=reason)
+        _notify_supervisor("STOPPING=1")
+        for index in range(len(self._served)):
+            self._stop_volume(index)
+
+    def _stop_volume(self, index: int) -> None:
+        served = self._served[index]
+        if served.state is State.SERVING:
+            served.state = State.DRAINING
+            self._engine.stop_volume(index)
+            served.volume.drain()
+            self._progress_at_ns = 0
+            self._rare = True
+
+    def _fail(self, index: int) -> None:
+        """This volume cannot go on; the others can. The exit status will say so."""
+        self._served[index].failed = True
+        self._stop_volume(index)
+
+    # Notices, statistics, status.
+
+    def _drain_notices(self, index: int) -> None:
+        served = self._served[index]
+        notices = served.volume.notices
+        for event, fields in notices:
+            if event == "image-shrank":
+                self._check_image(index)
+            else:
+                self._notice(served.name, event, fields)
+        notices.clear()
+
+    def _notice(self, volume: str, event: str, fields: dict[str, Any]) -> None:
+        if "errno" in fields:
+            fields = {**fields, "error": why_number(-fields["errno"])}
+        getattr(self._log, _LEVELS.get(event, "error"))(event, volume=volume, **fields)
+
+    def _check_images(self, now_ns: int) -> None:
+        for index in range(len(self._served)):
+            self._check_image(index)
+
+    def _check_image(self, index: int) -> None:
+        served = self._served[index]
+        if served.failed:
+            return
+        notice = served.backend.check()
+        if notice is not None:
+            self._notice(served.name, notice.event, notice.fields)
+            self._fail(index)
+
+    def _start_job(self, job: Iterator[None]) -> None:
+        """At most a few: the control server asks one thing at a time, and a second signal waits for the first one's
+        report.
+        """
+        if len(self._jobs) < _JOBS:
+            self._jobs.append(job)
+            self._rare = True
+
+    def _report_slowly(self) -> Iterator[None]:
+        for index in range(len(self._served)):
+            self._report(index)
+            yield
+
+    def _report_all(self) -> None:
+        for index in range(len(self._served)):
+            self._report(index)
+
+    def _report(self, index: int) -> None:
+        served = self._served[index]
+        fields = metrics.statistics(self._engine.volume_statistics(index), served.volume.statistics())
+        self._log.info("statistics", volume=served.name, **fields, engine=self._engine.engine_statistics())
+
+    def _answer_status(self) -> Iterator[None]:
+        assert self._control is not None
+        volumes = []
+        for index, served in enumerate(self._served):
+            volumes.append(self._status(served))
+            if index % STATUS_SLICE == STATUS_SLICE - 1:
+                yield
+        self._control.reply(
+            {
+                "version": self._version,
+                "pid": os.getpid(),
+                "uptime_s": round(time.monotonic() - self._started_at_s, 1),
+                "state": "draining" if self._shutting_down else "serving",
+                "volumes": volumes,
+            }
+        )
+
+    def _status(self, served: Served) -> dict[str, Any]:
+        """From counters that cost nothing to read."""
+        config, core = served.config, served.volume.statistics()
+        return {
+            "name": served.name,
+            "state": "failed" if served.failed else served.state.value,
+            "connected": served.connected,
+            "socket": config.socket,
+            "backend": config.backend.path,
+            "mode": config.cache_mode.name,
+            "read_only": config.read_only,
+            "size_bytes": served.backend.facts.size_bytes,
+            "ram_bytes": config.ram,
+            "dirty_bytes": core["dirty_blocks"] * 4096,
+            "cached_bytes": core["cached_blocks"] * 4096,
+            "hits": core["hits"],
+            "misses": core["misses"],
+            "flushes_received": core["flushes_received"],
+            "flushes_performed": core["flushes_performed"],
+        }
+
+
+def qemu_arguments(config: VolumeConfig) -> str:
+    """The lines that attach the disk, for a shell."""
+    identity = config.name if config.name[0].isalpha() else f"disk-{config.name}"
+    path = os.path.abspath(config.socket).replace(",", ",,")
+    queues = config.num_queues if "num_queues" in config.model_fields_set else min(4, config.num_queues)
+    words = [
+        ["-m", "1G", "-object", "memory-backend-memfd,id=mem,size=1G,share=on", "-machine", "memory-backend=mem"],
+        ["-chardev", f"socket,id={identity},path={path},reconnect=1"],
+        ["-device", f"vhost-user-blk-pci,chardev={identity},num-queues={queues}"],
+    ]
+    lines = " \\\n  ".join(shlex.join(line) for line in words)
+    return f"# QEMU arguments for '{config.name}' (size= is the guest's memory, as -m says it):\n  {lines}"
+
+
+def _ignore(number: int, frame: object) -> None:
+    """The number has already been written to the wake-up socket."""
+
+
+def _raise_descriptor_limit(volumes: int) -> None:
+    """Each volume has an image, a listener, a connection, and for each of up to 64 queues a kick and a call
+    descriptor.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 256 + volumes * (16 + 2 * 64 + 32)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def _notify_supervisor(message: str) -> None:
+    """systemd's sd_notify: one datagram to the socket that it names, if it does."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+        sender.setblocking(False)
+        sender.connect("\0" + address[1:] if address[0] == "@" else address)
+        sender.send(message.encode())

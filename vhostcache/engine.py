@@ -1,0 +1,226 @@
+"""The C engine, as the loop uses it. The only importer of vhostcache._native.
+
+Owns the engine's lifetime and the conversion of a turn: a list of operation words goes in, a result with lists comes
+out. Nothing here decides anything. Bytes of the guest never come this way.
+"""
+
+from __future__ import annotations
+
+from array import array
+from types import TracebackType
+from typing import Any, Final, Self
+
+from vhostcache._native import ffi, lib
+from vhostcache.errors import EngineError
+
+_ERROR_BYTES: Final = 256
+_VOLUME_COUNTERS: Final = (
+    "get_id",
+    "bad_requests",
+    "errors",
+    "backend_errors",
+    "notifications",
+    "kicks",
+    "inflight",
+    "inflight_max",
+    "depth_sum",
+    "depth_samples",
+    "resubmitted",
+)
+_VOLUME_ARRAYS: Final = ("requests", "bytes", "backend_ops", "backend_bytes")
+_ENGINE_COUNTERS: Final = ("turns", "sleeps", "polls", "poll_hits", "io_uring", "registered_buffers")
+_NOTHING: Final[list[int]] = []
+
+
+class TurnResult:
+    """What a turn has brought, in columns of equal length.
+
+    Requests, grouped by volume (those of `group_volume[g]` end before index `group_end[g]`): what, tag, sector, sectors
+    (512 bytes). I/O completions: done_volume, done_group, done_result (0 or a negative errno). Events: event_kind,
+    event_volume, event_arg. `requests`, `groups`, `completions` and `events` count them; `now_ns` is CLOCK_MONOTONIC.
+    There is one of these for all turns: the next turn changes it. Its lists are not changed.
+    """
+
+    __slots__ = (
+        "completions",
+        "done_group",
+        "done_result",
+        "done_volume",
+        "event_arg",
+        "event_kind",
+        "event_volume",
+        "events",
+        "group_end",
+        "group_volume",
+        "groups",
+        "now_ns",
+        "requests",
+        "sector",
+        "sectors",
+        "tag",
+        "what",
+    )
+
+    def __init__(self) -> None:
+        self.requests = self.groups = self.completions = self.events = self.now_ns = 0
+        self.what = self.tag = self.sector = self.sectors = _NOTHING
+        self.group_volume = self.group_end = _NOTHING
+        self.done_volume = self.done_group = self.done_result = _NOTHING
+        self.event_kind = self.event_volume = self.event_arg = _NOTHING
+
+
+class Engine:
+    """`poll_max_us` bounds adaptive polling (0: never poll); `force_threads` does without io_uring."""
+
+    def __init__(self, poll_max_us: int = 50, force_threads: bool = False) -> None:
+        error = ffi.new("char[]", _ERROR_BYTES)
+        config = ffi.new("vhc_engine_config *", {"poll_max_us": poll_max_us, "force_threads": force_threads})
+        self._engine = lib.vhc_engine_new(config, error, _ERROR_BYTES)
+        if self._engine == ffi.NULL:
+            raise EngineError("engine", ffi.string(error).decode(errors="replace"))
+        self._raw = ffi.new("vhc_turn_result *")
+        self._result = TurnResult()
+        self._turn = lib.vhc_turn
+        self._unpack = ffi.unpack
+        self._from_buffer = ffi.from_buffer
+        self._words = ffi.typeof("uint64_t[]")
+        self._no_words = ffi.new("uint64_t[1]")
+        self._volumes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the I/O in flight, cut off front-ends, free everything."""
+        if self._engine != ffi.NULL:
+            lib.vhc_engine_free(self._engine)
+            self._engine = ffi.NULL
+
+    # Volumes.
+
+    def add_volume(
+        self,
+        *,
+        listen_fd: int,
+        backend_fd: int,
+        size_bytes: int,
+        slots: int,
+        object_bytes: int,
+        num_queues: int,
+        read_only: bool,
+        write_cache: bool,
+        align_mem_bytes: int,
+        align_io_bytes: int,
+        write_depth: int,
+        discard_max_bytes: int,
+        serial: str,
+    ) -> int:
+        """The volume's number: 0, 1, ... The engine takes `listen_fd` over, if it takes the volume."""
+        error = ffi.new("char[]", _ERROR_BYTES)
+        config = ffi.new(
+            "vhc_volume_config *",
+            {
+                "listen_fd": listen_fd,
+                "backend_fd": backend_fd,
+                "size_bytes": size_bytes,
+                "slots": slots,
+                "object_bytes": object_bytes,
+                "num_queues": num_queues,
+                "read_only": read_only,
+                "write_cache": write_cache,
+                "align_mem_bytes": align_mem_bytes,
+                "align_io_bytes": align_io_bytes,
+                "write_depth": write_depth,
+                "discard_max_bytes": discard_max_bytes,
+                "serial": serial.encode()[:20],
+            },
+        )
+        index = int(lib.vhc_volume_add(self._engine, config, error, _ERROR_BYTES))
+        if index < 0:
+            raise EngineError("engine", ffi.string(error).decode(errors="replace"))
+        self._volumes = index + 1
+        return index
+
+    def start_volume(self, index: int) -> None:
+        """Accept a front-end."""
+        lib.vhc_volume_start(self._engine, self._checked(index))
+
+    def stop_volume(self, index: int) -> None:
+        """Accept none any more, answer what has been begun, then disconnect."""
+        lib.vhc_volume_stop(self._engine, self._checked(index))
+
+    def set_write_cache(self, index: int, enabled: bool) -> None:
+        """What the configuration space says of the write cache."""
+        lib.vhc_set_write_cache(self._engine, self._checked(index), enabled)
+
+    def volume_message(self, index: int) -> str:
+        """Why the last front-end was disconnected, or ""."""
+        return str(ffi.string(lib.vhc_volume_message(self._engine, self._checked(index))).decode(errors="replace"))
+
+    def volume_statistics(self, index: int) -> dict[str, Any]:
+        """The fields of vhc_volume_stats, arrays as lists."""
+        stats = ffi.new("vhc_volume_stats *")
+        lib.vhc_read_volume_stats(self._engine, self._checked(index), stats)
+        result: dict[str, Any] = {name: int(getattr(stats, name)) for name in _VOLUME_COUNTERS}
+        result.update((name, list(getattr(stats, name))) for name in _VOLUME_ARRAYS)
+        result["latency"] = [list(histogram) for histogram in stats.latency]
+        return result
+
+    def engine_statistics(self) -> dict[str, int]:
+        """The fields of vhc_engine_stats."""
+        stats = ffi.new("vhc_engine_stats *")
+        lib.vhc_read_engine_stats(self._engine, stats)
+        return {name: int(getattr(stats, name)) for name in _ENGINE_COUNTERS}
+
+    def watch(self, descriptor: int, number: int) -> None:
+        """Report VHC_EV_READABLE with `number` while the descriptor is readable."""
+        if lib.vhc_watch(self._engine, descriptor, number) < 0:
+            raise EngineError("engine", f"descriptor {descriptor} cannot be watched")
+
+    def slab(self, index: int) -> Any:
+        """The slots of a volume as a writable buffer, for tests."""
+        return lib.vhc_slab(self._engine, self._checked(index))
+
+    def _checked(self, index: int) -> int:
+        if not 0 <= index < self._volumes:
+            raise IndexError(f"no volume {index}")
+        return index
+
+    # The hot path.
+
+    def turn(self, operations: list[int], timeout_ns: int) -> TurnResult:
+        """Execute the operations, wait at most `timeout_ns` (-1: for ever) for something to happen, and report it."""
+        raw, result, unpack = self._raw, self._result, self._unpack
+        if operations:
+            words = array("Q", operations)
+            self._turn(self._engine, self._from_buffer(self._words, words), len(words), timeout_ns, raw)
+        else:
+            self._turn(self._engine, self._no_words, 0, timeout_ns, raw)
+        result.now_ns = raw.now_ns
+        result.requests = count = raw.requests
+        if count:
+            result.what = unpack(raw.what, count)
+            result.tag = unpack(raw.tag, count)
+            result.sector = unpack(raw.sector, count)
+            result.sectors = unpack(raw.sectors, count)
+            result.groups = count = raw.groups
+            result.group_volume = unpack(raw.group_volume, count)
+            result.group_end = unpack(raw.group_end, count)
+        else:
+            result.groups = 0
+        result.completions = count = raw.completions
+        if count:
+            result.done_volume = unpack(raw.done_volume, count)
+            result.done_group = unpack(raw.done_group, count)
+            result.done_result = unpack(raw.done_result, count)
+        result.events = count = raw.events
+        if count:
+            result.event_kind = unpack(raw.event_kind, count)
+            result.event_volume = unpack(raw.event_volume, count)
+            result.event_arg = unpack(raw.event_arg, count)
+        return result

@@ -1,0 +1,135 @@
+"""Fills: blocks read from the backend into slots, for reads that miss and for partial writes.
+
+Owns the blocks being filled. Invariant: a block in `by_block` is not in the map. Whatever gives such a block newer
+content, or zeroes it on the backend, calls `poison`: the fill then neither installs that block nor lets anyone join it,
+even if the newer content has come and gone again by the time the fill ends. Those who waited already are served: their
+reads were concurrent with the write. It never evicts and never decides what to fill.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+from vhostcache import operations as op
+from vhostcache.backend_io import BackendIo
+from vhostcache.map import CLEAN, FILLING, Map
+from vhostcache.readcache import ReadCache
+
+NOBODY: Final = -1
+
+
+class ReadJob:
+    """A guest's read that is put together from several parts."""
+
+    __slots__ = ("direct", "failed", "parts", "tag")
+
+    def __init__(self, tag: int) -> None:
+        self.tag = tag
+        self.parts = 0
+        self.direct = False
+        """Some part is read into guest memory by the backend, so the request can't be dropped."""
+        self.failed = False
+
+
+class Fill:
+    """One read of neighbouring blocks into slots, and who waits for it."""
+
+    __slots__ = ("_fills", "first", "readers", "retries", "slots", "tag")
+
+    def __init__(self, fills: "Fills", first: int, slots: list[int]) -> None:
+        self._fills = fills
+        self.first = first
+        self.slots = slots
+        self.tag = NOBODY
+        """A read of exactly the fill's one block: the usual miss, answered in one word."""
+        self.readers: list[tuple[ReadJob, int, int, int]] = []
+        """(job, offset in its payload, offset in the fill, bytes)"""
+        self.retries: list[tuple[int, int, int, int, int]] = []
+        """Parked requests to be executed again, as Volume understands them."""
+
+    def io_done(self, result: int) -> None:
+        self._fills.ended(self, result)
+
+
+class Fills:
+    """All fills of a volume. `part_done(job, ok)` and `retry(request)` are told what waited."""
+
+    __slots__ = ("_cache", "_io", "_map", "_part_done", "_retry", "_size_bytes", "by_block", "counters", "running")
+
+    def __init__(
+        self,
+        block_map: Map,
+        cache: ReadCache,
+        io: BackendIo,
+        size_bytes: int,
+        part_done: Callable[[ReadJob, int], None],
+        retry: Callable[[tuple[int, int, int, int, int], int], None],
+    ) -> None:
+        self._map = block_map
+        self._cache = cache
+        self._io = io
+        self._size_bytes = size_bytes
+        self._part_done = part_done
+        self._retry = retry
+        self.by_block: dict[int, Fill] = {}
+        self.running: dict[Fill, None] = {}
+        self.counters = {"fills": 0, "blocks_filled": 0, "fills_poisoned": 0}
+
+    def begin(self, first: int, slots: list[int]) -> Fill:
+        """Read blocks from `first` on, absent from the map and from `by_block`, into slots just taken."""
+        fill = Fill(self, first, slots)
+        self.running[fill] = None
+        state, by_block = self._map.state, self.by_block
+        for block, slot in enumerate(slots, first):
+            state[slot] = FILLING
+            by_block[block] = fill
+        offset = first * op.BLOCK_BYTES
+        size = min(len(slots) * op.BLOCK_BYTES, self._size_bytes - offset)
+        self._io.read(self._io.begin(fill), offset, size, slots)
+        return fill
+
+    def poison(self, block: int) -> None:
+        """The block has newer content than a fill in flight will bring."""
+        if self.by_block.pop(block, None) is not None:
+            self.counters["fills_poisoned"] += 1
+
+    def poison_range(self, first: int, end: int) -> None:
+        """The same for a range of blocks."""
+        by_block = self.by_block
+        for block in [b for b in by_block if first <= b < end]:
+            self.poison(block)
+
+    def ended(self, fill: Fill, result: int) -> None:
+        """The read has ended: install what is still wanted, serve the readers, then execute parked requests again."""
+        del self.running[fill]
+        self.counters["fills"] += 1
+        block_map, by_block = self._map, self.by_block
+        for block, slot in enumerate(fill.slots, fill.first):
+            installable = by_block.get(block) is fill
+            if installable:
+                del by_block[block]
+            if installable and result == 0:
+                block_map.where[block] = slot
+                block_map.block_of[slot] = block
+                block_map.state[slot] = CLEAN
+                self._cache.admit(slot)
+                self.counters["blocks_filled"] += 1
+            else:
+                # Freed before the readers' copies below are listed, but the engine executes the list in order, and
+                # nothing has been listed in between that writes to the slot.
+                block_map.release(slot)
+        if fill.tag != NOBODY:
+            if result == 0:
+                self._io.operations.append(op.OUT1 | fill.tag << 8 | fill.slots[0] << 32)
+            else:
+                job = ReadJob(fill.tag)
+                job.parts = 1
+                self._part_done(job, result)
+        for job, payload, offset, size in fill.readers:
+            if result == 0:
+                first, skip = divmod(offset, op.BLOCK_BYTES)
+                slots = fill.slots[first : (offset + size + op.BLOCK_BYTES - 1) // op.BLOCK_BYTES]
+                self._io.operations += (op.OUT | job.tag << 8 | len(slots) << 32, payload | size << 32, skip)
+                self._io.operations += slots
+            self._part_done(job, result)
+        for request in fill.retries:
+            self._retry(request, result)

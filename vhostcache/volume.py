@@ -1,0 +1,706 @@
+"""A volume: what a guest's requests mean.
+
+Owns the requests that wait and the order among them. Bytes never come here: a request is a tag, a sector and a count,
+an answer is words in the operation list. It imports neither os, socket, threading nor time: engine and clock are handed
+in.
+
+Invariants:
+- a tag is answered (completed or dropped) exactly once;
+- a write is acknowledged when its bytes are in slots that the map calls DIRTY, or, in write-through, when a commit that
+  began after that has ended;
+- a block that a destage is writing never changes: an overwrite goes to a slot of its own;
+- a partial block is completed from the newest content at the moment it is written, never from what was newest when it
+  arrived;
+- writes that wait for room keep their order, and no write of a later turn overtakes them.
+
+`requests` is the hot path: one aligned block, in RAM, costs a few dictionary and array look-ups and one word.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from vhostcache import operations as op
+from vhostcache.backend_io import BackendIo
+from vhostcache.destage import Destager, DestageSettings
+from vhostcache.fill import NOBODY, Fill, Fills, ReadJob
+from vhostcache.map import DIRTY, WRITING, Map
+from vhostcache.ranges import AGAIN, Range, Ranges
+from vhostcache.readcache import HITS_MAX, ReadCache
+
+NEVER = op.NEVER
+STREAM_SECTORS: Final = 2048
+"""A stream that has read 1 MiB in sequence is sequential: it bypasses the read cache."""
+STREAM_REQUEST_SECTORS: Final = 32
+"""Requests below 16 KiB are not watched for streams: S3-FIFO alone keeps a slow scan from sweeping the cache."""
+STREAMS_MAX: Final = 16
+ENODATA: Final = 61
+INTERNAL: Final = -1
+"""In place of a tag: the daemon's own commits."""
+
+# what, tag, sector, sectors, payload offset in bytes of what is left
+Parked = tuple[int, int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeSettings:
+    """What the core has to know of a volume."""
+
+    index: int
+    """The engine's number for it."""
+    size_bytes: int
+    object_bytes: int
+    slots: int
+    """Slots of the slab, the special ones included; `map.slots_for_ram` says how many a RAM limit pays for."""
+    acknowledge_durable: bool = False
+    """Write-through: a write is acknowledged when it is durable on the backend."""
+    ignore_flush: bool = False
+    """Cache mode unsafe: flushes are answered at once."""
+    destage_after_ns: int = 5_000_000_000
+    fill_bytes: int = op.BLOCK_BYTES
+    """Misses are read in aligned units of this size."""
+    direct_bytes: int = 128 << 10
+    """Reads that miss and are as large as this go straight to guest memory: they gain little from RAM and would sweep
+    it. Writes as large may go past RAM while it fills."""
+    threshold_percent: int = 60
+    """More dirty blocks than this part of RAM are destaged without waiting for their age."""
+
+
+class Volume:
+    """See the module. `operations` is the engine's list, which all volumes share."""
+
+    def __init__(self, settings: VolumeSettings, operations: list[int], groups: int = op.GROUPS) -> None:
+        self.settings = settings
+        self._operations = operations
+        self._size_sectors = settings.size_bytes // op.SECTOR_BYTES
+        self._map = Map(settings.slots, settings.object_bytes // op.BLOCK_BYTES)
+        self._cache = ReadCache(self._map)
+        self._io = BackendIo(settings.index, operations, groups)
+        usable = settings.slots - op.FIRST_SLOT
+        self._destager = Destager(
+            self._map,
+            self._cache,
+            self._io,
+            DestageSettings(
+                size_bytes=settings.size_bytes,
+                destage_after_ns=settings.destage_after_ns,
+                threshold_blocks=usable * settings.threshold_percent // 100,
+                flush_blocks=min(4096, max(1, usable // 8)),
+                durable=not settings.ignore_flush,
+            ),
+        )
+        self._fills = Fills(self._map, self._cache, self._io, settings.size_bytes, self._part_done, self._retry_filled)
+        self._ranges = Ranges(self._map, self._fills, self._destager, self._io, settings.size_bytes, self._range_done)
+        self._piece_blocks = max(1, usable // 4)
+        self._direct_sectors = settings.direct_bytes // op.SECTOR_BYTES
+        self._direct_blocks = usable * settings.threshold_percent // 133
+        self._whole_blocks = settings.size_bytes // op.BLOCK_BYTES
+        self._fill_blocks = settings.fill_bytes // op.BLOCK_BYTES
+        self._room: deque[Parked] = deque()
+        """Writes that wait for free slots, in order."""
+        self._parked: list[Parked] = []
+        """Requests that wait for a range that is being changed, or for a group; tried again once a turn."""
+        self._direct: dict[DirectRead, None] = {}
+        self._streams: dict[int, int] = {}
+        """Next sector of a sequential stream -> sectors it has read."""
+        self._guest_write_cache = not settings.acknowledge_durable
+        self._write_cache_known = True
+        self._write_through = settings.acknowledge_durable and not settings.ignore_flush
+        self.notices = self._destager.notices
+        self._draining = False
+        self._quiescing = False
+        self._notice_at_ns = 0
+        self.hits = 0
+        self.misses = 0
+        self.flushes_received = 0
+        self.room_waits = 0
+
+    # --- the daemon's calls ---
+
+    def requests(
+        self, what: Sequence[int], tag: Sequence[int], sector: Sequence[int], sectors: Sequence[int], now_ns: int
+    ) -> None:
+        """One turn's requests: four parallel sequences. Answers go to the operation list, now or later."""
+        now = self._destager.now_ns = now_ns
+        self._quiescing = False
+        if self._ranges.active or self._room or self._write_through:
+            for request in zip(what, tag, sector, sectors, strict=True):
+                self._execute((*request, 0))
+            return
+        append = self._operations.append
+        where = self._map.where.get
+        state = self._map.state
+        hits = self._cache.hits
+        hit_count = 0
+        for kind, name, start, count in zip(what, tag, sector, sectors, strict=True):
+            if count == 8 and not start & 7:
+                block = start >> 3
+                slot = where(block)
+                if slot is None:
+                    if kind & 255 == 1 and self._write_new_block(name, block):
+                        continue
+                    if kind & 255 == 0 and self._miss_block(name, block):
+                        continue
+                else:
+                    if kind & 255 == 0:  # REQUEST_READ
+                        hit_count += 1
+                        if hits[slot] < HITS_MAX:
+                            hits[slot] += 1
+                        append(2 | name << 8 | slot << 32)  # OUT1
+                        continue
+                    if kind & 255 == 1:  # REQUEST_WRITE
+                        old = state[slot]
+                        if old == DIRTY:
+                            append(1 | name << 8 | slot << 32)  # IN1
+                            continue
+                        if old != WRITING:
+                            self._map.mark_dirty(block, slot, now)
+                            append(1 | name << 8 | slot << 32)
+                            continue
+            self._execute((kind, name, start, count, 0))
+        self.hits += hit_count
+
+    def io_done(self, group: int, result: int) -> None:
+        """The engine has reported that a group of I/O operations has ended, or that a request which it was to complete
+        has failed."""
+        if group & op.FAILED_TAG:
+            self._notice_error("read", result)
+            self._complete(group & ~op.FAILED_TAG, op.STATUS_IOERR)
+        else:
+            self._io.done(group, result)
+
+    def tick(self, now_ns: int) -> int:
+        """Once a turn, after everything else: start what can be started. Returns the next deadline in ns."""
+        destager = self._destager
+        if (
+            self._parked
+            or self._room
+            or destager.room_wanted
+            or self._ranges.active
+            or self._quiescing
+            or self._draining
+            or destager.lost_zeroes
+        ):
+            return self._tick_slowly(now_ns)
+        deadline = destager.schedule(now_ns)
+        if destager.completed or destager.failed:
+            self._complete_committed()
+        return deadline
+
+    def _tick_slowly(self, now_ns: int) -> int:
+        destager = self._destager
+        if self._parked and self._io.available() >= op.BLOCK_SECTORS:
+            parked, self._parked = self._parked, []
+            for request in parked:
+                self._execute(request)
+        if self._room:
+            self._admit_waiting()
+        destager.room_wanted = bool(self._room)
+        if self._draining and not destager.committing and not destager.settled:
+            destager.commit(INTERNAL)
+        deadline = destager.schedule(now_ns)
+        self._complete_committed()
+        if destager.lost_zeroes and now_ns >= destager.retry_at_ns:
+            self._ranges.repeat_lost()
+        if self._ranges.active:
+            self._ranges.advance()
+        if self._quiescing:
+            self._drop_waiting()
+        return deadline
+
+    def _complete_committed(self) -> None:
+        for tag in self._destager.completed:
+            self._complete(tag, op.STATUS_OK)
+        self._destager.completed.clear()
+        for tag in self._destager.failed:
+            self._complete(tag, op.STATUS_IOERR)
+        self._destager.failed.clear()
+
+    def connected(self) -> None:
+        """A front-end has come."""
+        self._streams.clear()
+
+    def disconnected(self) -> None:
+        """It has gone; the engine has seen every request of it answered or dropped."""
+        assert not self._room
+        assert not self._parked
+        assert not self._direct
+
+    def quiesce(self, may_drop: bool) -> None:
+        """Every request has to be answered soon; those that may wait long are dropped if they may be, now and as they
+        come to wait, until there are new requests: the engine takes none before all are settled."""
+        if may_drop:
+            self._quiescing = True
+            self._drop_waiting()
+
+    def _drop_waiting(self) -> None:
+        append = self._operations.append
+        dropped = [tag for tag in self._destager.drop_waiters() if tag >= 0]
+        dropped += [request[1] for request in (*self._room, *self._parked)]
+        self._room.clear()
+        self._parked.clear()
+        jobs: dict[int, ReadJob] = {}
+        for fill in self._fills.running:
+            dropped += [request[1] for request in fill.retries]
+            fill.retries.clear()
+            if fill.tag != NOBODY:
+                dropped.append(fill.tag)
+                fill.tag = NOBODY
+            jobs.update((id(reader[0]), reader[0]) for reader in fill.readers if not reader[0].direct)
+            fill.readers = [reader for reader in fill.readers if reader[0].direct]
+        dropped += [job.tag for job in jobs.values()]
+        for tag in dropped:
+            append(op.DROP | tag << 8)
+
+    def set_write_cache(self, enabled: bool) -> None:
+        """The guest has switched its write cache, or has not negotiated FLUSH (then: False)."""
+        self._guest_write_cache = enabled and not self.settings.acknowledge_durable
+        self._write_cache_known = True
+        self._choose_write_through()
+        if self._write_through:
+            self._destager.commit(INTERNAL)
+
+    def write_cache_unknown(self) -> None:
+        """The front-end comes from another back-end: the guest may believe in write-through, until it sends a flush."""
+        self._write_cache_known = False
+        self._choose_write_through()
+
+    def drain(self) -> None:
+        """Begin to destage everything and flush the backend; `drained` says when that has ended."""
+        self._draining = True
+
+    @property
+    def drained(self) -> bool:
+        """Everything accepted is durable on the backend, and nothing waits."""
+        return self._destager.settled and not (self._room or self._parked or self._ranges.active or self._io.in_flight)
+
+    def statistics(self) -> dict[str, int]:
+        """Counters since the start and levels now; blocks are of 4 KiB."""
+        block_map, destager = self._map, self._destager
+        return {
+            "hits": self.hits,
+            "misses": self.misses,
+            "flushes_received": self.flushes_received,
+            "dirty_blocks": block_map.dirty_blocks + destager.blocks_in_flight,
+            "dirty_objects": len(block_map.dirty) + sum(1 for n in destager.in_flight if n not in block_map.dirty),
+            "cached_blocks": len(block_map.where),
+            "ram_blocks": block_map.slots - op.FIRST_SLOT,
+            "free_blocks": len(block_map.free),
+            "evictions": self._cache.evictions,
+            "room_waits": self.room_waits,
+            "waiting_for_room": len(self._room),
+            **self._fills.counters,
+            **destager.counters,
+        }
+
+    # --- one request ---
+
+    def _execute(self, request: Parked) -> None:
+        what, tag, sector, sectors, payload = request
+        kind = what & op.REQUEST_KIND_MASK
+        if kind == op.REQUEST_FLUSH:
+            self._flush(tag)
+            return
+        if self._ranges.active and self._overlaps_range(request):
+            self._parked.append(request)
+        elif kind == op.REQUEST_READ:
+            self._read(tag, sector, sectors)
+        elif self._room:
+            self._room.append(request)
+        elif not self._change(what, tag, sector, sectors, payload):
+            self.room_waits += 1
+
+    def _overlaps_range(self, request: Parked) -> bool:
+        _, _, sector, sectors, _ = request
+        return self._ranges.overlaps(sector >> 3, (sector + sectors + 7) >> 3)
+
+    def _change(self, what: int, tag: int, sector: int, sectors: int, payload: int) -> bool:
+        """A write, discard or write-zeroes; False if it now stands at the end of `_room`."""
+        if what & op.REQUEST_KIND_MASK == op.REQUEST_WRITE:
+            return self._write(what, tag, sector, sectors, payload)
+        return self._zero(what, tag, sector, sectors)
+
+    def _admit_waiting(self) -> None:
+        """Let in those that waited for room, in order, while there is some."""
+        waiting, self._room = self._room, deque()
+        while waiting:
+            request = waiting.popleft()
+            if self._ranges.active and self._overlaps_range(request):
+                self._parked.append(request)
+            elif not self._change(*request):
+                break
+        self._room += waiting
+
+    def _complete(self, tag: int, status: int) -> None:
+        if tag >= 0:
+            self._operations.append(op.COMPLETE | tag << 8 | status << 32)
+
+    def _acknowledge(self, tag: int) -> None:
+        """A change is in RAM."""
+        if self._write_through:
+            self._destager.commit(tag)
+        else:
+            self._operations.append(op.COMPLETE | tag << 8)
+
+    def _flush(self, tag: int) -> None:
+        self.flushes_received += 1
+        if not self._write_cache_known:
+            self._write_cache_known = True
+            self._choose_write_through()
+        if self.settings.ignore_flush:
+            self._complete(tag, op.STATUS_OK)
+        else:
+            self._destager.commit(tag)
+
+    def _choose_write_through(self) -> None:
+        trusted = self._guest_write_cache and self._write_cache_known
+        self._write_through = not trusted and not self.settings.ignore_flush
+
+    def _room_for(self, blocks: int) -> bool:
+        missing = blocks - len(self._map.free)
+        return missing <= 0 or self._cache.evict(missing) == missing
+
+    # --- the usual requests, of one whole block ---
+
+    def _write_new_block(self, tag: int, block: int) -> bool:
+        """A write of a block that the map does not have; False: it takes the long way."""
+        if self._room or self._ranges.active:
+            return False
+        slot = self._cache.take_one()
+        if not slot:
+            return False
+        if self._fills.by_block:
+            self._fills.poison(block)
+        block_map = self._map
+        block_map.where[block] = slot
+        block_map.block_of[slot] = block
+        block_map.mark_dirty(block, slot, self._destager.now_ns)
+        self._operations.append(op.IN1 | tag << 8 | slot << 32)
+        return True
+
+    def _miss_block(self, tag: int, block: int) -> bool:
+        """A read of a block that the map does not have; False: it takes the long way."""
+        fills = self._fills
+        if (
+            self._fill_blocks > 1
+            or block in fills.by_block
+            or block >= self._whole_blocks
+            or self._ranges.active
+            or self._io.available() < op.BLOCK_SECTORS
+        ):
+            return False
+        self.misses += 1
+        # Read once in a while, or with no clean slot to be had: it goes past RAM, and is not even reported when read.
+        slot = self._cache.take_one() if self._map.free or self._cache.is_wanted(block) else 0
+        if slot:
+            fills.begin(block, [slot]).tag = tag
+        else:
+            self._io.read_request(tag, block * op.BLOCK_BYTES, op.BLOCK_BYTES)
+        return True
+
+    # --- writes ---
+
+    def _write(self, what: int, tag: int, sector: int, sectors: int, payload: int) -> bool:
+        """Write to RAM piece by piece; False if (the rest of) the request now waits for room."""
+        if sectors >= self._direct_sectors and what & op.REQUEST_ALIGNED:
+            request = (what, tag, sector, sectors, payload)
+            if self._goes_past_ram(request):
+                self._ranges.write(request, sector >> 3, (sector + sectors) >> 3)
+                return True
+        while sectors:
+            piece = self._next_piece(sector, sectors)
+            outcome = self._write_piece((what, tag, sector, sectors, payload), piece)
+            if outcome is not None:
+                return outcome
+            sector += piece
+            sectors -= piece
+            payload += piece * op.SECTOR_BYTES
+        self._acknowledge(tag)
+        return True
+
+    def _goes_past_ram(self, request: Parked) -> bool:
+        """A large write of whole blocks goes to the backend directly while RAM is half full of dirty data: a burst is
+        absorbed, a stream is not copied."""
+        _, _, sector, sectors, payload = request
+        dirty = self._map.dirty_blocks + self._destager.blocks_in_flight
+        return dirty >= self._direct_blocks and not payload and not (sector | sectors) % op.BLOCK_SECTORS
+
+    def _next_piece(self, sector: int, sectors: int) -> int:
+        """Sectors to write at once: the part of a block at either end alone, so that it needs one block read at most;
+        whole blocks up to a quarter of RAM, so that a request larger than RAM gets through."""
+        head = sector % op.BLOCK_SECTORS
+        if head:
+            return min(op.BLOCK_SECTORS - head, sectors)
+        tail = 0 if sector + sectors == self._size_sectors else sectors % op.BLOCK_SECTORS
+        return min(sectors - tail, self._piece_blocks * op.BLOCK_SECTORS) or tail
+
+    def _write_piece(self, request: Parked, sectors: int) -> bool | None:
+        """The first `sectors` of a request. None: written. True: parked until a fill ends. False: waits for room."""
+        _, tag, sector, _, payload = request
+        first, end = sector >> 3, (sector + sectors + 7) >> 3
+        partial = self._is_partial(sector, sectors)
+        if partial and first not in self._map.where:
+            return self._park_on_fill(first, request)
+        needed = self._pin(first, end)
+        if needed and not self._room_for(needed):
+            self._room.append(request)
+            return False
+        if needed == end - first and not partial:
+            slots = self._place_run(first, end)
+        else:
+            slots = [self._writable_slot(block, partial) for block in range(first, end)]
+        self._operations += (
+            op.IN | tag << 8 | len(slots) << 32,
+            payload | (sectors * op.SECTOR_BYTES) << 32,
+            sector % op.BLOCK_SECTORS * op.SECTOR_BYTES,
+        )
+        self._operations += slots
+        return None
+
+    def _is_partial(self, sector: int, sectors: int) -> bool:
+        """Whether a piece is a part of a block; the volume's last block ends where the volume ends."""
+        last_sector = sector + sectors
+        return bool(sector % op.BLOCK_SECTORS or (last_sector % op.BLOCK_SECTORS and last_sector != self._size_sectors))
+
+    def _park_on_fill(self, block: int, request: Parked) -> bool:
+        fill = self._fills.by_block.get(block)
+        if fill is None:
+            if not self._io.available() or not self._room_for(1):
+                self._room.append(request)
+                return False
+            fill = self._fills.begin(block, self._map.take(1))
+        fill.retries.append(request)
+        return True
+
+    def _pin(self, first: int, end: int) -> int:
+        """Make dirty what the map has of these blocks, so that making room can't evict it; returns the slots that are
+        missing."""
+        block_map = self._map
+        where, state = block_map.where.get, block_map.state
+        missing = 0
+        for block in range(first, end):
+            slot = where(block)
+            if slot is None or state[slot] == WRITING:
+                missing += 1
+            elif state[slot] != DIRTY:
+                block_map.mark_dirty(block, slot, self._destager.now_ns)
+        return missing
+
+    def _place_run(self, first: int, end: int) -> list[int]:
+        """New slots for whole blocks of which none can be written in place."""
+        slots = self._map.take(end - first)
+        if self._fills.by_block:
+            self._fills.poison_range(first, end)
+        self._map.place_run(first, slots, self._destager.now_ns)
+        return slots
+
+    def _writable_slot(self, block: int, partial: bool) -> int:
+        """The slot to write the block to, DIRTY; `partial`: with the block's newest content in it."""
+        block_map = self._map
+        slot = block_map.where.get(block)
+        if slot is not None and block_map.state[slot] == DIRTY:
+            return slot
+        new = block_map.take(1)[0]
+        if slot is None:
+            self._fills.poison(block)
+        elif partial:
+            self._io.copy_slot(slot, new)
+        block_map.place(block, new, self._destager.now_ns)
+        return new
+
+    # --- discards and zeroes ---
+
+    def _zero(self, what: int, tag: int, sector: int, sectors: int) -> bool:
+        """Discard or write zeroes, which differ in nothing but whether the range may stay allocated: what has been
+        discarded reads as zeroes, parts of blocks too. False if (the rest of) the request now waits for room.
+        """
+        kind = what & op.REQUEST_KIND_MASK
+        while sectors:
+            head = -sector % op.BLOCK_SECTORS
+            tail = 0 if sector + sectors == self._size_sectors else (sector + sectors) % op.BLOCK_SECTORS
+            if not (head or tail):
+                break
+            piece = min(head or tail, sectors)
+            start = sector if head else sector + sectors - piece
+            outcome = self._zero_part((what, tag, sector, sectors, 0), start, piece)
+            if outcome is not None:
+                return outcome
+            sector += piece if head else 0
+            sectors -= piece
+        if sectors:
+            end = (sector + sectors + op.BLOCK_SECTORS - 1) // op.BLOCK_SECTORS
+            self._ranges.zero(tag, sector // op.BLOCK_SECTORS, end, kind != op.REQUEST_ZERO)
+        else:
+            self._acknowledge(tag)
+        return True
+
+    def _zero_part(self, request: Parked, sector: int, sectors: int) -> bool | None:
+        """Zero a part of a block in RAM; the result is as `_write_piece`'s."""
+        block = sector // op.BLOCK_SECTORS
+        if block not in self._map.where:
+            return self._park_on_fill(block, request)
+        needed = self._pin(block, block + 1)
+        if needed and not self._room_for(needed):
+            self._room.append(request)
+            return False
+        slot = self._writable_slot(block, partial=True)
+        self._io.zero_slot(slot, sector % op.BLOCK_SECTORS * op.SECTOR_BYTES, sectors * op.SECTOR_BYTES)
+        return None
+
+    def _range_done(self, done: Range, result: int) -> None:
+        if result == 0:
+            self._acknowledge(done.tag)
+        elif done.request is not None:
+            # From RAM it can be tried again, for as long as it takes.
+            if result != AGAIN:
+                self._notice_error("write", result)
+            what, tag, sector, sectors, _ = done.request
+            self._room.append((what & ~op.REQUEST_ALIGNED, tag, sector, sectors, 0))
+        else:
+            self._notice_error("zero", result)
+            self._complete(done.tag, op.STATUS_IOERR)
+
+    # --- reads ---
+
+    def _read(self, tag: int, sector: int, sectors: int) -> None:
+        """Each run of blocks from where it is: RAM, a fill in flight, or the backend."""
+        if self._io.available() < op.BLOCK_SECTORS:
+            self._parked.append((op.REQUEST_READ, tag, sector, sectors, 0))
+            return
+        stream = sectors >= STREAM_REQUEST_SECTORS and self._is_stream(sector, sectors)
+        bypass = stream or sectors >= self._direct_sectors
+        first, end = sector >> 3, (sector + sectors + 7) >> 3
+        where, by_block = self._map.where, self._fills.by_block
+        job = ReadJob(tag)
+        block = first
+        while block < end:
+            start = block
+            fill = by_block.get(block)
+            if fill is not None:
+                while block < end and by_block.get(block) is fill:
+                    block += 1
+                self._join(job, fill, sector, sectors, start, block)
+                self.misses += block - start
+            elif block in where:
+                while block < end and block in where:
+                    block += 1
+                self._copy_out(tag, sector, sectors, start, block)
+                self.hits += block - start
+            else:
+                while block < end and block not in where and block not in by_block:
+                    block += 1
+                if bypass and start == first and block == end:
+                    self.misses += end - first
+                    self._io.read_request(tag, sector * op.SECTOR_BYTES, sectors * op.SECTOR_BYTES)
+                    return
+                self._fetch(job, sector, sectors, start, block, bypass)
+                self.misses += block - start
+        if job.parts == 0:
+            self._operations.append(op.COMPLETE | tag << 8)
+
+    def _is_stream(self, sector: int, sectors: int) -> bool:
+        streams = self._streams
+        length = streams.pop(sector, 0) + sectors
+        streams[sector + sectors] = length
+        if len(streams) > STREAMS_MAX:
+            del streams[next(iter(streams))]
+        return length >= STREAM_SECTORS
+
+    def _part_bytes(self, sector: int, sectors: int, first: int, end: int) -> tuple[int, int, int]:
+        """What blocks `first` .. `end - 1` are of a request: (payload offset, bytes, offset in the first block)."""
+        start = max(first * op.BLOCK_SECTORS, sector)
+        stop = min(end * op.BLOCK_SECTORS, sector + sectors)
+        return (
+            (start - sector) * op.SECTOR_BYTES,
+            (stop - start) * op.SECTOR_BYTES,
+            (start - first * op.BLOCK_SECTORS) * op.SECTOR_BYTES,
+        )
+
+    def _copy_out(self, tag: int, sector: int, sectors: int, first: int, end: int) -> None:
+        payload, size, skip = self._part_bytes(sector, sectors, first, end)
+        where, hits = self._map.where, self._cache.hits
+        slots = [where[block] for block in range(first, end)]
+        for slot in slots:
+            if hits[slot] < HITS_MAX:
+                hits[slot] += 1
+        self._operations += (op.OUT | tag << 8 | len(slots) << 32, payload | size << 32, skip)
+        self._operations += slots
+
+    def _join(self, job: ReadJob, fill: Fill, sector: int, sectors: int, first: int, end: int) -> None:
+        payload, size, skip = self._part_bytes(sector, sectors, first, end)
+        job.parts += 1
+        fill.readers.append((job, payload, (first - fill.first) * op.BLOCK_BYTES + skip, size))
+
+    def _fetch(self, job: ReadJob, sector: int, sectors: int, first: int, end: int, bypass: bool) -> None:
+        """Blocks that only the backend has: through slots, so that they stay, or, if RAM has no room or nothing to
+        gain, directly."""
+        if not bypass:
+            fill_first, fill_end = self._fill_range(first, end)
+            if self._room_for(fill_end - fill_first):
+                fill = self._fills.begin(fill_first, self._map.take(fill_end - fill_first))
+                self._join(job, fill, sector, sectors, first, end)
+                return
+        payload, size, skip = self._part_bytes(sector, sectors, first, end)
+        read = DirectRead(self, job)
+        job.parts += 1
+        job.direct = True
+        self._direct[read] = None
+        self._io.read_direct(self._io.begin(read), job.tag, payload, first * op.BLOCK_BYTES + skip, size)
+
+    def _fill_range(self, first: int, end: int) -> tuple[int, int]:
+        """Grow a run of absent blocks to whole fill units, as far as its neighbours are absent too."""
+        unit = self._fill_blocks
+        if unit > 1:
+            where, by_block = self._map.where, self._fills.by_block
+            lowest = first - first % unit
+            highest = min(end + -end % unit, (self.settings.size_bytes + op.BLOCK_BYTES - 1) // op.BLOCK_BYTES)
+            while first > lowest and first - 1 not in where and first - 1 not in by_block:
+                first -= 1
+            while end < highest and end not in where and end not in by_block:
+                end += 1
+        return first, end
+
+    def _part_done(self, job: ReadJob, result: int) -> None:
+        job.parts -= 1
+        if result < 0:
+            job.failed = True
+            self._notice_error("read", result)
+        if job.parts == 0:
+            self._complete(job.tag, op.STATUS_IOERR if job.failed else op.STATUS_OK)
+
+    def direct_done(self, read: "DirectRead", result: int) -> None:
+        """A read into guest memory has ended."""
+        del self._direct[read]
+        self._part_done(read.job, result)
+
+    def _retry_filled(self, request: Parked, result: int) -> None:
+        if result < 0:
+            self._notice_error("read", result)
+            self._complete(request[1], op.STATUS_IOERR)
+        elif self._ranges.active and self._overlaps_range(request):
+            self._parked.append(request)
+        else:
+            # Ahead of those that wait for room: it came before them, and the block might be evicted again while it
+            # waits.
+            self._change(*request)
+
+    def _notice_error(self, operation: str, result: int) -> None:
+        """Tell the operator, at most once a second."""
+        if self._destager.now_ns >= self._notice_at_ns:
+            self._notice_at_ns = self._destager.now_ns + 1_000_000_000
+            name = "image-shrank" if result == -ENODATA else "request-failed"
+            self.notices.append((name, {"operation": operation, "errno": -result}))
+
+
+class DirectRead:
+    """A part of a request that the backend reads into guest memory."""
+
+    __slots__ = ("_volume", "job")
+
+    def __init__(self, volume: Volume, job: ReadJob) -> None:
+        self._volume = volume
+        self.job = job
+
+    def io_done(self, result: int) -> None:
+        self._volume.direct_done(self, result)

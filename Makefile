@@ -96,7 +96,7 @@ test-python: setup-test
 test-guests: setup-test
 	@$(BIN)/avocado run --max-parallel-tasks=1 --job-results-dir .cache/avocado avocado/
 fuzz: setup-test ## each fuzz target for FUZZ_SECONDS
-	@FUZZ_SECONDS=$(FUZZ_SECONDS) scripts/fuzz
+	@FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=1 scripts/fuzz
 sanitize: setup-test ## the engine under ASan and UBSan, as the real daemon; all of tests/native with scripts/sanitize
 	@scripts/sanitize tests/unit/test_engine.py tests/native/test_disconnects.py tests/native/test_malformed_messages.py
 test-bench: setup-test

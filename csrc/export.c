@@ -191,13 +191,14 @@ static bool read_message(struct connection *connection)
             connection_close(connection, errno != ECONNRESET, "the socket cannot be read: %s", strerror(errno));
             return false;
         }
-        bool room = true;
+        bool room = true, named = false;
         for (struct cmsghdr *extra = CMSG_FIRSTHDR(&header); extra; extra = CMSG_NXTHDR(&header, extra)) {
             if (extra->cmsg_level != SOL_SOCKET || extra->cmsg_type != SCM_RIGHTS)
                 continue;
             for (size_t i = 0; i < (extra->cmsg_len - CMSG_LEN(0)) / sizeof(int); i++) {
                 int fd;
                 memcpy(&fd, CMSG_DATA(extra) + i * sizeof fd, sizeof fd);
+                named = named || fd_is_named_socket(fd);
                 if (message->fd_num < VHOST_MEMORY_BASELINE_NREGIONS) {
                     message->fds[message->fd_num++] = fd;
                 } else {
@@ -212,6 +213,10 @@ static bool read_message(struct connection *connection)
         }
         if (!room || header.msg_flags & MSG_CTRUNC) {
             connection_close(connection, 1, "more file descriptors than a message may have");
+            return false;
+        }
+        if (named) { /* of a message that never becomes whole, too */
+            connection_close(connection, 1, "a message may not bring the socket of a connection");
             return false;
         }
         connection->message_bytes += (uint32_t)got;

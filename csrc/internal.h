@@ -221,6 +221,7 @@ enum verdict message_judge(struct connection *connection, const VhostUserMsg *me
 uint64_t device_features(const struct volume *volume);
 int message_process(VuDev *dev, VhostUserMsg *message, int *do_reply);
 extern const VuDevIface connection_interface;
+bool fd_is_named_socket(int fd);
 
 /* rings.c: messages that concern queues and the in-flight area */
 void queue_stop(struct queue *queue, struct connection *connection);

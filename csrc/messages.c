@@ -131,17 +131,22 @@ static bool is_eventfd(int fd)
     return !strcmp(name, "anon_inode:[eventfd]");
 }
 
-/* A pipe, or one end of a pair of sockets. Not a socket that is connected to a name, as the front-end's own end is: while we hold that, we
- * would not see the front-end leave. */
-static bool is_channel(int fd)
+/* A socket that is connected to a name, as the front-end's own end is: while we hold that, we would not see the front-end leave. */
+bool fd_is_named_socket(int fd)
 {
     struct stat status;
     struct sockaddr_un peer;
     socklen_t bytes = sizeof peer;
-    if (fstat(fd, &status) < 0)
+    if (fstat(fd, &status) < 0 || !S_ISSOCK(status.st_mode))
         return false;
-    return S_ISFIFO(status.st_mode) ||
-           (S_ISSOCK(status.st_mode) && getpeername(fd, (struct sockaddr *)&peer, &bytes) == 0 && bytes == sizeof(sa_family_t));
+    return getpeername(fd, (struct sockaddr *)&peer, &bytes) != 0 || bytes != sizeof(sa_family_t);
+}
+
+/* A pipe, or one end of a pair of sockets. */
+static bool is_channel(int fd)
+{
+    struct stat status;
+    return fstat(fd, &status) == 0 && (S_ISFIFO(status.st_mode) || S_ISSOCK(status.st_mode)) && !fd_is_named_socket(fd);
 }
 
 /* An eventfd, and for notifications to the front-end also a pipe or socket, as user-mode-linux gives. None of them may block. */

@@ -172,6 +172,17 @@ def test_half_a_message_and_then_silence_holds_up_nobody_for_ever(disk: Disk, cu
     disk.assert_good()
 
 
+@pytest.mark.parametrize("request_number", [SET_SLAVE_REQ_FD, SET_VRING_CALL, SET_MEM_TABLE])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_front_end_that_gives_away_its_own_socket_cannot_stay_when_it_is_gone(
+    disk: Disk, request_number: int, whole: bool
+) -> None:
+    with disk.frontend(start=False) as f, may_end():
+        f.send_raw(struct.pack("<III", request_number, VERSION, 0 if whole else 8), [f.sock.fileno()])
+        f.expect_gone()
+    disk.assert_good()
+
+
 def test_a_message_that_comes_byte_by_byte_is_understood(disk: Disk) -> None:
     with disk.frontend(start=False) as f, may_end():
         for byte in struct.pack("<III", GET_FEATURES, VERSION, 0):

@@ -32,9 +32,10 @@ from vhostcache.control import ControlChannel
 from vhostcache.engine import Engine
 from vhostcache.errors import EXIT_OK, EXIT_RUNTIME, ControlError, why_number
 from vhostcache.events import EventLog
+from vhostcache.guest_requests import VolumeSettings
 from vhostcache.map import slots_for_ram
 from vhostcache.sockets import Listener
-from vhostcache.volume import NEVER, Volume, VolumeSettings
+from vhostcache.volume import NEVER, Volume
 
 EVENT_CONNECTED: Final = 1
 EVENT_DISCONNECTED: Final = 2

@@ -18,65 +18,31 @@ Invariants:
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
 
 from vhostcache import operations as op
-from vhostcache.backend_io import BackendIo
 from vhostcache.destage import Destager, DestageSettings
-from vhostcache.fill import NOBODY, Fill, Fills, ReadJob
+from vhostcache.fill import ReadJob
+from vhostcache.guest_requests import (
+    INTERNAL,
+    STREAM_REQUEST_SECTORS,
+    DirectRead,
+    GuestRequests,
+    Parked,
+    VolumeSettings,
+)
 from vhostcache.map import DIRTY, WRITING, Map
 from vhostcache.ranges import AGAIN, Range, Ranges
-from vhostcache.readcache import HITS_MAX, ReadCache
+from vhostcache.readcache import HITS_MAX
 
 NEVER = op.NEVER
-STREAM_SECTORS: Final = 2048
-"""A stream that has read 1 MiB in sequence is sequential: it bypasses the read cache."""
-STREAM_REQUEST_SECTORS: Final = 32
-"""Requests below 16 KiB are not watched for streams: S3-FIFO alone keeps a slow scan from sweeping the cache."""
-STREAMS_MAX: Final = 16
-ENODATA: Final = 61
-INTERNAL: Final = -1
-"""In place of a tag: the daemon's own commits."""
-
-# what, tag, sector, sectors, payload offset in bytes of what is left
-Parked = tuple[int, int, int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class VolumeSettings:
-    """What the core has to know of a volume."""
-
-    index: int
-    """The engine's number for it."""
-    size_bytes: int
-    object_bytes: int
-    slots: int
-    """Slots of the slab, the special ones included; `map.slots_for_ram` says how many a RAM limit pays for."""
-    acknowledge_durable: bool = False
-    """Write-through: a write is acknowledged when it is durable on the backend."""
-    ignore_flush: bool = False
-    """Cache mode unsafe: flushes are answered at once."""
-    destage_after_ns: int = 5_000_000_000
-    fill_bytes: int = op.BLOCK_BYTES
-    """Misses are read in aligned units of this size."""
-    direct_bytes: int = 128 << 10
-    """Reads that miss and are as large as this go straight to guest memory: they gain little from RAM and would sweep
-    it. Writes as large may go past RAM while it fills."""
-    threshold_percent: int = 60
-    """More dirty blocks than this part of RAM are destaged without waiting for their age."""
-
-
-class Volume:
+class Volume(GuestRequests):
     """See the module. `operations` is the engine's list, which all volumes share."""
 
     def __init__(self, settings: VolumeSettings, operations: list[int], groups: int = op.GROUPS) -> None:
+        super().__init__(settings, operations, Map(settings.slots, settings.object_bytes // op.BLOCK_BYTES), groups)
         self.settings = settings
-        self._operations = operations
-        self._size_sectors = settings.size_bytes // op.SECTOR_BYTES
-        self._map = Map(settings.slots, settings.object_bytes // op.BLOCK_BYTES)
-        self._cache = ReadCache(self._map)
-        self._io = BackendIo(settings.index, operations, groups)
         usable = settings.slots - op.FIRST_SLOT
         self._destager = Destager(
             self._map,
@@ -90,31 +56,10 @@ class Volume:
                 durable=not settings.ignore_flush,
             ),
         )
-        self._fills = Fills(self._map, self._cache, self._io, settings.size_bytes, self._part_done, self._retry_filled)
         self._ranges = Ranges(self._map, self._fills, self._destager, self._io, settings.size_bytes, self._range_done)
         self._piece_blocks = max(1, usable // 4)
-        self._direct_sectors = settings.direct_bytes // op.SECTOR_BYTES
         self._direct_blocks = usable * settings.threshold_percent // 133
-        self._whole_blocks = settings.size_bytes // op.BLOCK_BYTES
-        self._fill_blocks = settings.fill_bytes // op.BLOCK_BYTES
-        self._room: deque[Parked] = deque()
-        """Writes that wait for free slots, in order."""
-        self._parked: list[Parked] = []
-        """Requests that wait for a range that is being changed, or for a group; tried again once a turn."""
-        self._direct: dict[DirectRead, None] = {}
-        self._streams: dict[int, int] = {}
-        """Next sector of a sequential stream -> sectors it has read."""
-        self._guest_write_cache = not settings.acknowledge_durable
-        self._write_cache_known = True
-        self._write_through = settings.acknowledge_durable and not settings.ignore_flush
         self.notices = self._destager.notices
-        self._draining = False
-        self._quiescing = False
-        self._notice_at_ns = 0
-        self.hits = 0
-        self.misses = 0
-        self.flushes_received = 0
-        self.room_waits = 0
 
     # --- the daemon's calls ---
 
@@ -122,7 +67,7 @@ class Volume:
         self, what: Sequence[int], tag: Sequence[int], sector: Sequence[int], sectors: Sequence[int], now_ns: int
     ) -> None:
         """One turn's requests: four parallel sequences. Answers go to the operation list, now or later."""
-        now = self._destager.now_ns = now_ns
+        now = self.now_ns = self._destager.now_ns = now_ns
         self._quiescing = False
         if self._ranges.active or self._room or self._write_through:
             for request in zip(what, tag, sector, sectors, strict=True):
@@ -172,6 +117,7 @@ class Volume:
 
     def tick(self, now_ns: int) -> int:
         """Once a turn, after everything else: start what can be started. Returns the next deadline in ns."""
+        self.now_ns = now_ns
         destager = self._destager
         if (
             self._parked
@@ -217,55 +163,6 @@ class Volume:
             self._complete(tag, op.STATUS_IOERR)
         self._destager.failed.clear()
 
-    def connected(self) -> None:
-        """A front-end has come."""
-        self._streams.clear()
-
-    def disconnected(self) -> None:
-        """It has gone; the engine has seen every request of it answered or dropped."""
-        assert not self._room
-        assert not self._parked
-        assert not self._direct
-
-    def quiesce(self, may_drop: bool) -> None:
-        """Every request has to be answered soon; those that may wait long are dropped if they may be, now and as they
-        come to wait, until there are new requests: the engine takes none before all are settled."""
-        if may_drop:
-            self._quiescing = True
-            self._drop_waiting()
-
-    def _drop_waiting(self) -> None:
-        append = self._operations.append
-        dropped = [tag for tag in self._destager.drop_waiters() if tag >= 0]
-        dropped += [request[1] for request in (*self._room, *self._parked)]
-        self._room.clear()
-        self._parked.clear()
-        jobs: dict[int, ReadJob] = {}
-        for fill in self._fills.running:
-            dropped += [request[1] for request in fill.retries]
-            fill.retries.clear()
-            if fill.tag != NOBODY:
-                dropped.append(fill.tag)
-                fill.tag = NOBODY
-            jobs.update((id(reader[0]), reader[0]) for reader in fill.readers if not reader[0].direct)
-            fill.readers = [reader for reader in fill.readers if reader[0].direct]
-        dropped += [job.tag for job in jobs.values()]
-        for tag in dropped:
-            append(op.DROP | tag << 8)
-
-    def set_write_cache(self, enabled: bool) -> None:
-        """The guest has switched its write cache, or has not negotiated FLUSH (then: False)."""
-        self._guest_write_cache = enabled and not self.settings.acknowledge_durable
-        self._write_cache_known = True
-        self._choose_write_through()
-        if self._write_through:
-            self._destager.commit(INTERNAL)
-
-    def write_cache_unknown(self) -> None:
-        """The front-end comes from another back-end: the guest may believe in write-through, until it sends a flush."""
-        self._write_cache_known = False
-        self._choose_write_through()
-
     def drain(self) -> None:
         """Begin to destage everything and flush the backend; `drained` says when that has ended."""
         self._draining = True
@@ -293,6 +190,12 @@ class Volume:
             **self._fills.counters,
             **destager.counters,
         }
+
+    def _commit(self, tag: int) -> None:
+        self._destager.commit(tag)
+
+    def _drop_commits(self) -> list[int]:
+        return self._destager.drop_waiters()
 
     # --- one request ---
 
@@ -331,35 +234,6 @@ class Volume:
             elif not self._change(*request):
                 break
         self._room += waiting
-
-    def _complete(self, tag: int, status: int) -> None:
-        if tag >= 0:
-            self._operations.append(op.COMPLETE | tag << 8 | status << 32)
-
-    def _acknowledge(self, tag: int) -> None:
-        """A change is in RAM."""
-        if self._write_through:
-            self._destager.commit(tag)
-        else:
-            self._operations.append(op.COMPLETE | tag << 8)
-
-    def _flush(self, tag: int) -> None:
-        self.flushes_received += 1
-        if not self._write_cache_known:
-            self._write_cache_known = True
-            self._choose_write_through()
-        if self.settings.ignore_flush:
-            self._complete(tag, op.STATUS_OK)
-        else:
-            self._destager.commit(tag)
-
-    def _choose_write_through(self) -> None:
-        trusted = self._guest_write_cache and self._write_cache_known
-        self._write_through = not trusted and not self.settings.ignore_flush
-
-    def _room_for(self, blocks: int) -> bool:
-        missing = blocks - len(self._map.free)
-        return missing <= 0 or self._cache.evict(missing) == missing
 
     # --- the usual requests, of one whole block ---
 
@@ -457,11 +331,6 @@ class Volume:
         )
         self._operations += slots
         return None
-
-    def _is_partial(self, sector: int, sectors: int) -> bool:
-        """Whether a piece is a part of a block; the volume's last block ends where the volume ends."""
-        last_sector = sector + sectors
-        return bool(sector % op.BLOCK_SECTORS or (last_sector % op.BLOCK_SECTORS and last_sector != self._size_sectors))
 
     def _park_on_fill(self, block: int, request: Parked) -> bool:
         fill = self._fills.by_block.get(block)
@@ -599,39 +468,6 @@ class Volume:
         if job.parts == 0:
             self._operations.append(op.COMPLETE | tag << 8)
 
-    def _is_stream(self, sector: int, sectors: int) -> bool:
-        streams = self._streams
-        length = streams.pop(sector, 0) + sectors
-        streams[sector + sectors] = length
-        if len(streams) > STREAMS_MAX:
-            del streams[next(iter(streams))]
-        return length >= STREAM_SECTORS
-
-    def _part_bytes(self, sector: int, sectors: int, first: int, end: int) -> tuple[int, int, int]:
-        """What blocks `first` .. `end - 1` are of a request: (payload offset, bytes, offset in the first block)."""
-        start = max(first * op.BLOCK_SECTORS, sector)
-        stop = min(end * op.BLOCK_SECTORS, sector + sectors)
-        return (
-            (start - sector) * op.SECTOR_BYTES,
-            (stop - start) * op.SECTOR_BYTES,
-            (start - first * op.BLOCK_SECTORS) * op.SECTOR_BYTES,
-        )
-
-    def _copy_out(self, tag: int, sector: int, sectors: int, first: int, end: int) -> None:
-        payload, size, skip = self._part_bytes(sector, sectors, first, end)
-        where, hits = self._map.where, self._cache.hits
-        slots = [where[block] for block in range(first, end)]
-        for slot in slots:
-            if hits[slot] < HITS_MAX:
-                hits[slot] += 1
-        self._operations += (op.OUT | tag << 8 | len(slots) << 32, payload | size << 32, skip)
-        self._operations += slots
-
-    def _join(self, job: ReadJob, fill: Fill, sector: int, sectors: int, first: int, end: int) -> None:
-        payload, size, skip = self._part_bytes(sector, sectors, first, end)
-        job.parts += 1
-        fill.readers.append((job, payload, (first - fill.first) * op.BLOCK_BYTES + skip, size))
-
     def _fetch(self, job: ReadJob, sector: int, sectors: int, first: int, end: int, bypass: bool) -> None:
         """Blocks that only the backend has: through slots, so that they stay, or, if RAM has no room or nothing to
         gain, directly."""
@@ -661,19 +497,6 @@ class Volume:
                 end += 1
         return first, end
 
-    def _part_done(self, job: ReadJob, result: int) -> None:
-        job.parts -= 1
-        if result < 0:
-            job.failed = True
-            self._notice_error("read", result)
-        if job.parts == 0:
-            self._complete(job.tag, op.STATUS_IOERR if job.failed else op.STATUS_OK)
-
-    def direct_done(self, read: "DirectRead", result: int) -> None:
-        """A read into guest memory has ended."""
-        del self._direct[read]
-        self._part_done(read.job, result)
-
     def _retry_filled(self, request: Parked, result: int) -> None:
         if result < 0:
             self._notice_error("read", result)
@@ -684,23 +507,3 @@ class Volume:
             # Ahead of those that wait for room: it came before them, and the block might be evicted again while it
             # waits.
             self._change(*request)
-
-    def _notice_error(self, operation: str, result: int) -> None:
-        """Tell the operator, at most once a second."""
-        if self._destager.now_ns >= self._notice_at_ns:
-            self._notice_at_ns = self._destager.now_ns + 1_000_000_000
-            name = "image-shrank" if result == -ENODATA else "request-failed"
-            self.notices.append((name, {"operation": operation, "errno": -result}))
-
-
-class DirectRead:
-    """A part of a request that the backend reads into guest memory."""
-
-    __slots__ = ("_volume", "job")
-
-    def __init__(self, volume: Volume, job: ReadJob) -> None:
-        self._volume = volume
-        self.job = job
-
-    def io_done(self, result: int) -> None:
-        self._volume.direct_done(self, result)

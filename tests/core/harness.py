@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from vhostcache import operations as op
+from vhostcache.guest_requests import VolumeSettings
 from vhostcache.map import Map
-from vhostcache.volume import Volume, VolumeSettings
+from vhostcache.volume import Volume
 
 SECTOR = op.SECTOR_BYTES
 BLOCK = op.BLOCK_BYTES

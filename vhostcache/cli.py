@@ -52,6 +52,9 @@ class _Commands(click.Group):
             formatter.write_dl(rows)
 
 
+_DURATIONS: Final = ("DESTAGE_AFTER", "SYNC_INTERVAL", "FLUSH_WINDOW", "CHECKPOINT_INTERVAL")
+
+
 class _Quantity(click.ParamType):  # type: ignore[type-arg]
     """A size or a duration, checked by the rule of its configuration key; it stays text, as in a file."""
 
@@ -66,7 +69,7 @@ class _Quantity(click.ParamType):  # type: ignore[type-arg]
         from vhostcache import config
 
         limits = getattr(config, self._limits)
-        parse = config.parse_duration if self._limits == "DESTAGE_AFTER" else config.parse_size
+        parse = config.parse_duration if self._limits in _DURATIONS else config.parse_size
         try:
             limits.check(parse(value))
         except ValueError as error:
@@ -152,6 +155,55 @@ def _volume_options(command: Callable[..., None]) -> Callable[..., None]:
             show_default=True,
             help="QEMU's cache mode, see above.",
         ),
+        click.option(
+            "--cache",
+            "cache_path",
+            type=click.Path(),
+            metavar="FILE",
+            help="Keep a log of writes in this file or block device on local storage: flushes no longer wait for the "
+            "image, and nothing acknowledged is lost with the daemon.  [default: none, the cache is in RAM only]",
+        ),
+        click.option(
+            "--cache-size",
+            type=_Quantity("CACHE"),
+            metavar="SIZE",
+            help="Of a new cache file, from 64MiB; it is allocated at once.",
+        ),
+        click.option(
+            "--sync-interval",
+            type=_Quantity("SYNC_INTERVAL"),
+            metavar="TIME",
+            help="With --cache: the longest that a write stays volatile without a flush.  [default: 1s]",
+        ),
+        click.option(
+            "--flush-window",
+            type=_Quantity("FLUSH_WINDOW"),
+            metavar="TIME",
+            help="With --cache: how long a flush waits for others to share its fdatasync.  [default: 0]",
+        ),
+        click.option(
+            "--checkpoint-interval",
+            type=_Quantity("CHECKPOINT_INTERVAL"),
+            metavar="TIME",
+            help="With --cache: how often to record what has reached the image.  [default: 60s]",
+        ),
+        click.option(
+            "--destage",
+            type=_ON_OFF,
+            help="With --cache: off: write to the image only when the log has no room left.  [default: on]",
+        ),
+        click.option(
+            "--ram-dir",
+            type=click.Path(),
+            metavar="DIR",
+            help="With --cache: the folder, on a tmpfs, of the RAM tier's file.  [default: /dev/shm/vhostcache-UID]",
+        ),
+        click.option(
+            "--drain-on-exit",
+            is_flag=True,
+            default=None,
+            help="With --cache: at the end write everything to the image.  [default: it stays in the cache]",
+        ),
         click.option("--cache-writeback", type=_ON_OFF, help="Override this part of the mode."),
         click.option("--cache-direct", type=_ON_OFF, help="Override this part of the mode."),
         click.option("--cache-no-flush", type=_ON_OFF, help="Override this part of the mode."),
@@ -200,6 +252,15 @@ def _volume_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+# The keys of `cache` in a configuration, and the options that stand for them.
+_CACHE_OPTIONS: Final = {
+    "path": "cache_path",
+    "size": "cache_size",
+    **{key: key for key in ("sync_interval", "flush_window", "checkpoint_interval", "destage", "ram_dir")},
+    "drain_on_exit": "drain_on_exit",
+    **{part: f"cache_{part}" for part in ("writeback", "direct", "no_flush")},
+}
+
 _LOG_FORMAT: Final = click.option(
     "--log-format", type=click.Choice(["console", "json"]), help="Of the events on standard error.  [default: console]"
 )
@@ -219,33 +280,52 @@ _POLL: Final = click.option(
 @click.argument("image", type=click.Path())
 @click.option("--socket", required=True, type=click.Path(), metavar="PATH", help="The vhost-user socket to listen on.")
 @_volume_options
-@click.option("--shutdown-on-disconnect", is_flag=True, help="Drain and end when the guest has gone.")
+@click.option("--shutdown-on-disconnect", is_flag=True, help="End when the guest has gone.")
+@click.option(
+    "--discard-dirty-data",
+    is_flag=True,
+    help="Where the cache is lost or cannot be used: give up what only it held, and start with an empty one.",
+)
 @click.option("--control", type=click.Path(), metavar="PATH", help="Control socket.  [default: SOCKET.control]")
 @_LOG_FORMAT
 @_POLL
 @_IO_ENGINE
-def export(image: str, socket: str, control: str | None, shutdown_on_disconnect: bool, **options: Any) -> None:
+def export(
+    image: str,
+    socket: str,
+    control: str | None,
+    shutdown_on_disconnect: bool,
+    discard_dirty_data: bool,
+    **options: Any,
+) -> None:
     """Serve IMAGE (a raw image or a block device) as a virtio disk at a vhost-user socket.
 
     Prints the QEMU arguments that attach it, then one line an event. SIGTERM or Ctrl-C drains: everything goes to the
-    image, the image is flushed, and the exit status is 0. SIGUSR1 prints statistics.
+    image, or with --cache to the cache file (and with --drain-on-exit to the image); the exit status is 0. SIGUSR1
+    prints statistics.
+
+    With --cache the image and the cache file belong together: until everything has been written to the image, the
+    image is refused without its cache file. `vhostcache drain` does that for a disk that is not served.
 
     \b
     Modes, as QEMU's:      a write is acknowledged    image opened   guest flush
-      writeback            in the RAM tier            page cache     writes everything to the image, flushes it
+      writeback            in the RAM tier            page cache     writes everything to the image, flushes it;
+                                                                     with --cache: makes the log durable
       none                 in the RAM tier            O_DIRECT       the same
-      writethrough         when it is in the image    page cache     already true
-      directsync           when it is in the image    O_DIRECT       already true
+      writethrough         when it is in the image,   page cache     already true
+                           or durable in the log
+      directsync           the same                   O_DIRECT       already true
       unsafe               in the RAM tier            page cache     ignored
 
     \b
     Examples:
       vhostcache export disk.img --socket /run/vda.sock
+      vhostcache export disk.img --socket /run/vda.sock --cache /ssd/vda.cache --cache-size 8GiB
       vhostcache export disk.img --socket /run/vda.sock --ram 1GiB --mode none --num-queues 4
       vhostcache export /dev/vg0/guest --socket /run/vda.sock --socket-mode 0666 --log-format json
     """
     config = _export_config(image, socket, control or f"{socket}.control", options)
-    _serve(config, shutdown_on_disconnect)
+    _serve(config, shutdown_on_disconnect, {config.volumes[0].name} if discard_dirty_data else set())
 
 
 @cli.command(short_help="Serve many disks from one YAML file.")
@@ -254,7 +334,13 @@ def export(image: str, socket: str, control: str | None, shutdown_on_disconnect:
 @_POLL
 @_IO_ENGINE
 @click.option("--check", is_flag=True, help="Only say whether the file is right.")
-def serve(file: str, check: bool, **options: Any) -> None:
+@click.option(
+    "--discard-dirty-data",
+    multiple=True,
+    metavar="NAME",
+    help="Where this volume's cache is lost or cannot be used: give up what only it held.  May be given several times.",
+)
+def serve(file: str, check: bool, discard_dirty_data: tuple[str, ...], **options: Any) -> None:
     """Serve the disks that CONFIG, a YAML file, describes. All of them start, or none.
 
     \b
@@ -269,18 +355,22 @@ def serve(file: str, check: bool, **options: Any) -> None:
           socket: logs.sock
           backend: {path: /dev/vg0/logs}
           object_size: 1MiB
-          cache: {no_flush: off}         # a mode's parts: writeback, direct, no_flush
+          cache: {path: /ssd/logs.cache, size: 8GiB}
 
     Options given here win over the file. `vhostcache schema` prints every key with its meaning.
     """
     from vhostcache.config import load
 
     config = load(file)
+    unknown = set(discard_dirty_data) - {volume.name for volume in config.volumes}
+    if unknown:
+        names = ", ".join(volume.name for volume in config.volumes)
+        raise UsageError("--discard-dirty-data", f"found '{unknown.pop()}'; allowed: {names}")
     if check:
         click.echo(f"{file}: {len(config.volumes)} volume{'s' if len(config.volumes) != 1 else ''}, all right")
         return
     config = config.model_copy(update={key: value for key, value in options.items() if value is not None})
-    _serve(config, shutdown_on_disconnect=False)
+    _serve(config, shutdown_on_disconnect=False, discard_dirty_data=set(discard_dirty_data))
 
 
 @cli.command(short_help="Ask a running daemon how it is.")
@@ -363,17 +453,20 @@ def _export_config(image: str, socket: str, control: str, options: dict[str, Any
     from vhostcache.config import Config, explain_options, refuse_duplicates
 
     top = {key: options.pop(key) for key in ("log_format", "poll_max_us", "io_engine")}
-    cache = {part: options.pop(f"cache_{part}") for part in ("writeback", "direct", "no_flush")}
+    cache = {key: options.pop(name) for key, name in _CACHE_OPTIONS.items()}
+    parts = ("writeback", "direct", "no_flush", "destage")
     volume = {
         "socket": socket,
         "backend": {"type": "file", "path": image},
-        "cache": {part: value == "on" for part, value in cache.items() if value is not None},
+        "cache": {key: value == "on" if key in parts else value for key, value in cache.items() if value is not None},
         **{key: value for key, value in options.items() if value is not None},
     }
     # In messages a key is called by its option.
     here = ("volumes", 0)
     names: dict[tuple[str | int, ...], str] = {(*here, key): f"--{key.replace('_', '-')}" for key in (*volume, "ram")}
     names |= {(*here, "backend", "path"): "IMAGE", ("control",): "--control"}
+    names |= {(*here, "cache", key): f"--{name.replace('_', '-')}" for key, name in _CACHE_OPTIONS.items()}
+    names[(*here, "cache", "path")] = "--cache"
 
     def at(place: tuple[str | int, ...], message: str) -> UsageError:
         return UsageError(names.get(place, ".".join(map(str, place))), message)
@@ -391,13 +484,15 @@ def _export_config(image: str, socket: str, control: str, options: dict[str, Any
     return config
 
 
-def _serve(config: Config, shutdown_on_disconnect: bool) -> None:
+def _serve(config: Config, shutdown_on_disconnect: bool, discard_dirty_data: set[str]) -> None:
     from vhostcache.daemon import Daemon
     from vhostcache.events import EventLog
 
     log = EventLog(config.log_format)
     try:
-        status = Daemon(config, log, _version(), shutdown_on_disconnect, _output).run()
+        status = Daemon(
+            config, log, _version(), shutdown_on_disconnect, _output, discard_dirty_data=discard_dirty_data
+        ).run()
     except Error as error:
         if config.log_format != "json":
             raise

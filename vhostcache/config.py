@@ -146,12 +146,26 @@ QUEUES: Final = Range(1, 64, "a number from 1 to 64")
 DEPTH: Final = Range(1, 256, "a number from 1 to 256")
 POLL: Final = Range(0, 10_000, "microseconds from 0 (never poll) to 10000")
 DESTAGE_AFTER: Final = Range(10**6, 3600 * 10**9, "a duration from 1ms to 1h, such as 5s or 500ms")
+CACHE: Final = Range(64 * MIB, 16 * TIB, "a size from 64MiB to 16TiB, such as 8GiB, in steps of 4KiB", multiple_of=4096)
+SYNC_INTERVAL: Final = Range(10**6, 60 * 10**9, "a duration from 1ms to 1min, such as 1s")
+FLUSH_WINDOW: Final = Range(0, 10**8, "a duration from 0 (do not wait) to 100ms, such as 200us")
+CHECKPOINT_INTERVAL: Final = Range(10**9, 3600 * 10**9, "a duration from 1s to 1h, such as 60s")
 IMAGE: Final = Range(512, 16 * TIB, "a multiple of 512 up to 16TiB, such as 4GiB", multiple_of=512)
 
 RamBytes = Annotated[int, BeforeValidator(_quantity(RAM, parse_size)), WithJsonSchema(_SIZE_SCHEMA)]
 ObjectBytes = Annotated[int, BeforeValidator(_quantity(OBJECT, parse_size)), WithJsonSchema(_SIZE_SCHEMA)]
+CacheBytes = Annotated[int, BeforeValidator(_quantity(CACHE, parse_size)), WithJsonSchema(_SIZE_SCHEMA)]
 DestageAfterNs = Annotated[
     int, BeforeValidator(_quantity(DESTAGE_AFTER, parse_duration)), WithJsonSchema(_DURATION_SCHEMA)
+]
+SyncIntervalNs = Annotated[
+    int, BeforeValidator(_quantity(SYNC_INTERVAL, parse_duration)), WithJsonSchema(_DURATION_SCHEMA)
+]
+FlushWindowNs = Annotated[
+    int, BeforeValidator(_quantity(FLUSH_WINDOW, parse_duration)), WithJsonSchema(_DURATION_SCHEMA)
+]
+CheckpointIntervalNs = Annotated[
+    int, BeforeValidator(_quantity(CHECKPOINT_INTERVAL, parse_duration)), WithJsonSchema(_DURATION_SCHEMA)
 ]
 
 
@@ -248,12 +262,49 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
 
 
-class CacheParts(_Model):
-    """The mode's parts, each of which may be overridden; the names are QEMU's."""
+class CacheConfig(_Model):
+    """The cache file, and the mode's parts (writeback, direct, no_flush: the names are QEMU's), each of which may be
+    overridden.
+    """
 
+    path: FilePath | None = Field(
+        None,
+        description="the cache file or block device that holds the log, on local storage; relative to the "
+        "configuration file; none: the cache is in RAM only",
+    )
+    size: CacheBytes | None = Field(
+        None, description="its size when it is made; a block device, and one that exists, has its own"
+    )
+    sync_interval: SyncIntervalNs = Field(
+        10**9, description="the longest that an acknowledged write stays volatile without a flush"
+    )
+    flush_window: FlushWindowNs = Field(0, description="how long a flush waits for others, to share one fdatasync")
+    checkpoint_interval: CheckpointIntervalNs = Field(
+        60 * 10**9, description="how often what has reached the image is recorded in the cache file"
+    )
+    destage: OnOff = Field(True, description="write to the image as usual; off: only when the log has no room left")
+    drain_on_exit: OnOff = Field(
+        False, description="at the end write everything to the image; off: it stays in the log"
+    )
+    ram_dir: FilePath | None = Field(
+        None,
+        description="the folder, on a tmpfs, of the files that hold the RAM tier; by default /dev/shm/vhostcache-UID",
+    )
     writeback: OnOff | None = Field(None, description="acknowledge a write when it is in the cache")
     direct: OnOff | None = Field(None, description="open the backend with O_DIRECT")
     no_flush: OnOff | None = Field(None, description="answer flushes without performing them: unsafe")
+
+    @model_validator(mode="after")
+    def _has_a_path(self) -> Self:
+        useless = [key for key in _NEED_A_CACHE if key in self.model_fields_set]
+        if self.path is None and useless:
+            raise PydanticCustomError("no_cache", "{key} is of no use without path", {"key": useless[0]})
+        return self
+
+
+_NEED_A_CACHE: Final = (
+    *("size", "sync_interval", "flush_window", "checkpoint_interval", "destage", "drain_on_exit", "ram_dir"),
+)
 
 
 class BackendConfig(_Model):
@@ -273,7 +324,10 @@ class VolumeConfig(_Model):
     socket_mode: Permissions = Field(0o600, description="permissions of the socket, in octal")
     backend: BackendConfig
     mode: ModeName = Field(DEFAULT, description="QEMU's cache mode")
-    cache: CacheParts = Field(default_factory=CacheParts, description="parts of the mode to override")  # type: ignore[arg-type]
+    cache: CacheConfig = Field(
+        default_factory=CacheConfig,  # type: ignore[arg-type]
+        description="the cache file, and parts of the mode to override",
+    )
     ram: RamBytes = Field(256 * MIB, description="bound of the RAM tier")
     object_size: ObjectBytes = Field(4 * MIB, description="unit of destaging; the guest is told to prefer it")
     num_queues: Queues = Field(64, description="the most queues a guest may use")
@@ -299,10 +353,15 @@ class VolumeConfig(_Model):
                     "least": format_size(4 * self.object_size),
                 },
             )
+        if self.read_only and self.cache.path is not None:
+            raise PydanticCustomError(
+                "read_only_cache", "a read_only disk has no use for a cache file; leave cache.path out", {}
+            )
         return self
 
     @property
     def cache_mode(self) -> Mode:
+        """Of the guest's cache: QEMU's word for it."""
         return resolve(self.mode, self.cache.writeback, self.cache.direct, self.cache.no_flush)
 
     @property
@@ -370,9 +429,15 @@ def refuse_duplicates(config: Config, at: _Raise) -> None:
             ("socket", os.path.realpath(volume.socket), (*here, "socket")),
             (access, image, (*here, "backend", "path")),
         ]
+        if volume.cache.path is not None:
+            uses.append(("cache", os.path.realpath(volume.cache.path), (*here, "cache", "path")))
         for kind, value, place in uses:
-            # Readers share an image with readers, a writer with nobody.
-            conflicts = {"reader": ["writer"], "writer": ["writer", "reader"]}.get(kind, [kind])
+            # Readers share an image with readers, a writer with nobody; a cache file is nothing else.
+            conflicts = {
+                "reader": ["writer", "cache"],
+                "writer": ["writer", "reader", "cache"],
+                "cache": ["cache", "writer", "reader"],
+            }.get(kind, [kind])
             for conflict in conflicts:
                 if (conflict, value) in taken:
                     other = _spell(taken[conflict, value])
@@ -399,7 +464,14 @@ def _relative_to(config: Config, folder: Path, at: _Raise) -> Config:
         path = fix(volume.backend.path, "volumes", index, "backend", "path")
         socket = fix(volume.socket, "volumes", index, "socket")
         backend = volume.backend.model_copy(update={"path": path})
-        volumes.append(volume.model_copy(update={"socket": socket, "backend": backend}))
+        cache = volume.cache.model_copy(
+            update={
+                key: str(folder / value)
+                for key in ("path", "ram_dir")
+                if (value := getattr(volume.cache, key)) is not None
+            }
+        )
+        volumes.append(volume.model_copy(update={"socket": socket, "backend": backend, "cache": cache}))
     control = fix(config.control, "control") if config.control is not None else None
     return config.model_copy(update={"volumes": volumes, "control": control})
 
@@ -520,6 +592,10 @@ def _explain_one(place: _Place, detail: Any, model: type[BaseModel], at: _Raise)
         return at(place, f"found {found}; {context['why']}allowed: {context['allowed']}")
     if kind == "ram_too_small":
         return at((*place, "ram"), detail["msg"])
+    if kind == "read_only_cache":
+        return at((*place, "cache", "path"), detail["msg"])
+    if kind == "no_cache":
+        return at((*place, context["key"]), "is of no use without a cache file; allowed: together with cache.path")
     if kind == "too_short":
         return at(place, "found an empty list; allowed: at least one volume")
     if kind == "too_long":
@@ -539,7 +615,7 @@ def _keys_at(model: type[BaseModel], place: _Place) -> list[str]:
         elif part == "backend":
             current = BackendConfig
         elif part == "cache":
-            current = CacheParts
+            current = CacheConfig
     return list(current.model_fields)
 
 

@@ -19,7 +19,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -100,6 +100,7 @@ class Daemon:
         shutdown_on_disconnect: bool = False,
         output: Callable[[str], None] | None = None,
         engine_class: Callable[..., Engine] = Engine,
+        discard_dirty_data: Set[str] = frozenset(),
     ) -> None:
         self._config = config
         self._log = log
@@ -107,6 +108,7 @@ class Daemon:
         self._shutdown_on_disconnect = shutdown_on_disconnect
         self._output = output or (lambda text: None)
         self._engine_class = engine_class
+        self._discard_dirty_data = discard_dirty_data
         self._operations: list[int] = []
         self._served: list[Served] = []
         self._jobs: deque[Iterator[None]] = deque()

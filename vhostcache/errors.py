@@ -4,6 +4,7 @@
     ├── UsageError             exit 2: the question was wrong (an option, a configuration key)
     └── OperationError         exit 1: the world says no
         ├── ImageError         the image: missing, locked, of an odd size, shrunk
+        ├── CacheError         a cache file or RAM-tier file: foreign, older, truncated, corrupt, locked
         ├── SocketError        a socket path: taken, too long, not permitted
         ├── EngineError        the C engine could not start or take a volume
         └── ControlError       a running daemon could not be asked
@@ -77,6 +78,10 @@ class OperationError(Error):
 
 class ImageError(OperationError):
     """The image cannot be used as it is."""
+
+
+class CacheError(OperationError):
+    """The cache file, or the file of the RAM tier, cannot be used as it is."""
 
 
 class SocketError(OperationError):

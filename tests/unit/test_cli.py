@@ -137,6 +137,21 @@ def test_the_version_is_that_of_the_package() -> None:
         (["export", "x.img", "--socket", "s", "--control", "s"], "--socket: found"),
         (["export", "", "--socket", "s"], "IMAGE: found ''; allowed: a path"),
         (["export", "x.img", "--socket", "s", "--destage-after", "soon"], "--destage-after': found 'soon'"),
+        (
+            ["export", "x.img", "--socket", "s", "--cache-size", "8GiB"],
+            "--cache-size: is of no use without a cache file",
+        ),
+        (
+            ["export", "x.img", "--socket", "s", "--cache", "c", "--cache-size", "1M"],
+            "found '1M'; allowed: a size from 64",
+        ),
+        (
+            ["export", "x.img", "--socket", "s", "--cache", "c", "--sync-interval", "1h"],
+            "'--sync-interval': found '1h'",
+        ),
+        (["export", "x.img", "--socket", "s", "--cache", "c", "--destage", "no"], "'no' is not one of 'on', 'off'"),
+        (["export", "x.img", "--socket", "s", "--cache", "x.img"], "--cache: found 'x.img', which is that of"),
+        (["export", "x.img", "--socket", "s", "--cache", "c", "--read-only"], "--cache: a read_only disk has no use"),
         (["create", "x.img"], "Missing option '--size'"),
         (["create", "x.img", "--size", "1000"], "found '1000'; allowed: a multiple of 512"),
         (["create", "x.img", "--size", "0"], "a multiple of 512"),

@@ -35,8 +35,9 @@ volumes:
     object_size: 1M
     num_queues: 4
     destage_after: 500ms
-    cache: {direct: on}
+    cache: {direct: on, path: vda.cache, size: 8GiB, sync_interval: 200ms, destage: off}
   - <<: *first
+    cache: {}
     name: logs
     socket: /run/logs.sock
     socket_mode: "0660"
@@ -78,6 +79,10 @@ def test_a_file_describes_volumes_and_its_paths_are_relative_to_it(tmp_path: Pat
     assert second.backend.path == "/dev/logs"
     assert second.read_only
     assert (second.serial_text, second.write_depth) == ("LOGS-1", 8)
+    cache = first.cache
+    assert (cache.path, cache.size, cache.sync_interval) == (str(tmp_path / "vda.cache"), 8 * GIB, 200_000_000)
+    assert (cache.destage, cache.drain_on_exit, cache.ram_dir) == (False, False, None)
+    assert second.cache.path is None
     assert second.ram == 64 * MIB, "a merged key comes from the alias"
 
 
@@ -88,10 +93,29 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
     assert (volume.ram, volume.object_size, volume.num_queues) == (256 * MIB, 4 * MIB, 64)
     assert (volume.mode, volume.read_only, volume.serial_text) == ("none", False, "a")
     assert (volume.socket_mode, volume.destage_after) == (0o600, 5 * 10**9)
+    cache = volume.cache
+    assert (cache.path, cache.size, cache.ram_dir) == (None, None, None)
+    assert (cache.sync_interval, cache.flush_window, cache.checkpoint_interval) == (10**9, 0, 60 * 10**9)
+    assert (cache.destage, cache.drain_on_exit) == (True, False)
 
 
 # Each: a change of GOOD, and what the one line has to say.
+CACHE = "cache: {direct: on, path: vda.cache, size: 8GiB, sync_interval: 200ms, destage: off}"
 REFUSED = [
+    ("size: 8GiB", "size: 63MiB", "volumes[0].cache.size: found '63MiB'", "a size from 64MiB to 16TiB"),
+    ("size: 8GiB", "size: 8GB", "volumes[0].cache.size: found '8GB'", "write 'GiB'"),
+    ("size: 8GiB", "size: 67108865", "volumes[0].cache.size: found '67108865'", "in steps of 4KiB"),
+    ("size: 8GiB", "sice: 8GiB", "volumes[0].cache.sice: is not a key here", "did you mean 'size'?"),
+    ("sync_interval: 200ms", "sync_interval: 0", "volumes[0].cache.sync_interval: found '0'", "from 1ms to 1min"),
+    ("sync_interval: 200ms", "flush_window: 1s", "volumes[0].cache.flush_window: found '1s'", "to 100ms"),
+    ("sync_interval: 200ms", "checkpoint_interval: 1ms", "volumes[0].cache.checkpoint_interval: found '1ms'", "from 1s to 1h"),
+    ("destage: off", "destage: never", "volumes[0].cache.destage: found 'never'", "on, off"),
+    ("destage: off", "ram_dir: ''", "volumes[0].cache.ram_dir: found ''", "a path"),
+    ("path: vda.cache, ", "", "disks.yaml:14:25: volumes[0].cache.size: is of no use without a cache file", "together with cache.path"),
+    ("path: vda.cache, size: 8GiB", "drain_on_exit: on", "volumes[0].cache.", "is of no use without a cache file"),
+    ("path: vda.cache", "path: vda.img", "volumes[0].cache.path: found", "volumes[0].backend.path too"),
+    ("path: /dev/logs", "path: vda.cache", "volumes[1].backend.path: found", "volumes[0].cache.path too"),
+    ("cache: {direct: on, path", "read_only: on\n    cache: {path", "volumes[0].cache.path: a read_only disk has no use for a cache file", ""),
     ("    ram: 64MiB", "    ramm: 64MiB", "disks.yaml:9:5: volumes[0].ramm: is not a key here", "did you mean 'ram'?"),
     ("mode: writeback", "mode: writebak", "disks.yaml:10:5: volumes[0].mode: found 'writebak'; allowed: writeback, none,", "did you mean 'writeback'?"),
     ("mode: writeback", "mode: 7", "volumes[0].mode: found '7'", "unsafe"),
@@ -107,14 +131,14 @@ REFUSED = [
     ("num_queues: 4", "num_queues: 65", "volumes[0].num_queues: found '65'", "1 to 64"),
     ("num_queues: 4", "num_queues: four", "volumes[0].num_queues: found 'four'", "1 to 64"),
     ("destage_after: 500ms", "destage_after: never", "volumes[0].destage_after: found 'never'", "from 1ms to 1h"),
-    ("cache: {direct: on}", "cache: {direct: 1}", "volumes[0].cache.direct: found '1'", "on, off"),
-    ("cache: {direct: on}", "cache: {no-flush: on}", "volumes[0].cache.no-flush: is not a key here", "did you mean 'no_flush'?"),
-    ("cache: {direct: on}", "cache: on", "volumes[0].cache: found true", "writeback, direct, no_flush"),
+    (CACHE, "cache: {direct: 1}", "volumes[0].cache.direct: found '1'", "on, off"),
+    (CACHE, "cache: {no-flush: on}", "volumes[0].cache.no-flush: is not a key here", "did you mean 'no_flush'?"),
+    (CACHE, "cache: on", "volumes[0].cache: found true", "writeback, direct, no_flush"),
     ("backend: {type: file, path: vda.img}", "backend: vda.img", "volumes[0].backend: found 'vda.img'", "the keys type, path"),
     ("backend: {type: file, path: vda.img}", "backend: {type: nbd, path: x}", "volumes[0].backend.type: found 'nbd'", "allowed: file"),
     ("backend: {type: file, path: vda.img}", "backend: {type: file}", "volumes[0].backend: the key 'path' is missing", ""),
     ("name: vda", "name: 'v d a'", "volumes[0].name: found 'v d a'", "letters, digits"),
-    ("name: logs", "name: vda", "disks.yaml:16:5: volumes[1].name: found 'vda', which is that of volumes[0].name too", ""),
+    ("name: logs", "name: vda", "disks.yaml:17:5: volumes[1].name: found 'vda', which is that of volumes[0].name too", ""),
     ("socket: /run/logs.sock", "socket: ./vda.sock", "volumes[1].socket: found", "volumes[0].socket too"),
     ("socket: /run/logs.sock", "socket: control.sock", "volumes[1].socket: found", "that of control too"),
     ("path: /dev/logs", "path: x/../vda.img", "volumes[1].backend.path: found", "volumes[0].backend.path too"),
@@ -129,10 +153,10 @@ REFUSED = [
     ("poll_max_us: 20", "poll_max_us: 20ms", "poll_max_us: found '20ms'", "0 (never poll) to 10000"),
     ("poll_max_us: 20", "name: x", "disks.yaml:3:1: name: is not a key here; allowed: volumes, control, log_format, io_engine, poll_max_us", ""),
     ("poll_max_us: 20", "log_format: json", "disks.yaml:3:1: log_format: found twice (first in line 2)", ""),
-    ("    write_depth: 8\n", "    write_depth: 8\n    name: again\n", "volumes[1].name: found twice (first in line 16)", ""),
+    ("    write_depth: 8\n", "    write_depth: 8\n    name: again\n", "volumes[1].name: found twice (first in line 17)", ""),
     ("volumes:", "volume:", "disks.yaml:4:1: volume: is not a key here", "did you mean 'volumes'?"),
     ("read_only: yes", "read_only: {", "disks.yaml:", "is not YAML"),
-    ("    name: logs", "\t  name: logs", "disks.yaml:16:1: is not YAML", ""),
+    ("    name: logs", "\t  name: logs", "disks.yaml:17:1: is not YAML", ""),
     ("<<: *first", "<<: 3", "found '3'; allowed: an alias of a mapping", ""),
     ("<<: *first", "<<: *second", "is not YAML", "undefined alias"),
     ("name: vda", "name: !!python/object:os.system x", "disks.yaml:6:", "volumes[0].name"),

@@ -96,7 +96,7 @@ def test_a_kernel_that_does_not_tell_the_alignment_is_asked_by_trying(
     monkeypatch.setattr(file_module, "_statx_alignment", lambda descriptor: None)
     descriptor = os.open(image, os.O_RDONLY | os.O_DIRECT)
     try:
-        assert file_module._direct_alignment(descriptor) == (told, told)
+        assert file_module.direct_alignment(descriptor) == (told, told)
     finally:
         os.close(descriptor)
 

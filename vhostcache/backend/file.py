@@ -59,7 +59,7 @@ class FileBackend(Backend):
             _lock(path, descriptor, read_only, lock_wait_s)
             align_mem_bytes, align_io_bytes = 1, 1
             if direct:
-                alignment = _direct_alignment(descriptor)
+                alignment = direct_alignment(descriptor)
                 if alignment is None or size_bytes % alignment[1]:
                     direct = False
                     _stop_direct(descriptor)
@@ -206,7 +206,7 @@ def _stop_direct(descriptor: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
 
 
-def _direct_alignment(descriptor: int) -> tuple[int, int] | None:
+def direct_alignment(descriptor: int) -> tuple[int, int] | None:
     """(memory, offset and length) in bytes, or None where direct I/O does not work after all."""
     told = _statx_alignment(descriptor)
     if told is not None:

@@ -1,6 +1,7 @@
 /* What the parts of the engine share: its objects, and who owns what.
  *
- *   engine ─┬─ volume ──┬─ slab, backend descriptor, groups       (volume.c, slab.c)
+ *   engine ─┬─ volume ──┬─ slab, descriptors, groups              (volume.c, slab.c)
+ *           │           ├─ RAM tier's entries, log's checksums    (tier.c, log.c)
  *           │           └─ connection ── queues, guest memory     (export.c, messages.c, memory.c, queue.c)
  *           ├─ requests, by tag                                   (request.c)
  *           ├─ I/O in flight, and the driver that does it         (io.c, io_uring.c, io_threads.c)
@@ -107,6 +108,27 @@ struct group {
     int32_t result;
 };
 
+/* One entry of the RAM tier's ring, as it stands in the file. */
+struct tier_entry {
+    uint64_t seq, extent, slot;
+};
+
+struct tier {
+    uint8_t *start; /* of the mapped file's header and entries, or NULL */
+    size_t bytes;
+    struct tier_entry *entries;
+    uint64_t head, tail; /* counted since the file was made; ours, the file has copies */
+    uint64_t seq;        /* of entries that VHC_OP_LOG1 makes */
+};
+
+struct log {
+    uint32_t *crcs; /* one for each block of the ring, or NULL */
+    uint32_t previous_crc; /* of the header composed last */
+};
+
+/* The two files that I/O goes to. */
+enum io_target { IO_BACKEND, IO_CACHE, IO_TARGETS };
+
 struct volume {
     vhc_engine *engine;
     uint32_t number;
@@ -118,7 +140,10 @@ struct volume {
     uint8_t *slab;
     int slab_fd;
     int buffer_base; /* first index among the registered buffers, or -1 */
-    bool fixed_file;
+    int descriptor[IO_TARGETS]; /* of a file, or -1 */
+    int fixed_file[IO_TARGETS]; /* its index among the registered files, or -1 */
+    struct tier tier;
+    struct log log;
     struct group *groups;
     struct io *waiting_first, **waiting_last; /* background writes beyond write_depth */
     uint32_t writes_in_flight;
@@ -273,6 +298,31 @@ static inline uint8_t *slab_slot(const struct volume *volume, uint32_t slot)
 {
     return volume->slab + (size_t)slot * VHC_BLOCK;
 }
+
+/* tier.c */
+bool tier_create(struct volume *volume, char *error, size_t error_bytes);
+void tier_destroy(struct volume *volume);
+void tier_publish(struct volume *volume, uint64_t seq, const uint64_t *pairs, uint32_t count);
+void tier_publish_one(struct volume *volume, uint64_t block, uint32_t slot);
+void tier_retire(struct volume *volume, uint64_t tail);
+
+/* log.c */
+#define LOG_MAX_SLOTS 2048u /* of a record: two header blocks, and no more payload than they have room for checksums */
+struct log_record {
+    uint64_t offset; /* in the cache file */
+    uint32_t header_blocks, payload_blocks;
+    const uint64_t *slots; /* the header's, then the payload's */
+    uint32_t words_count;  /* 0: the header has been composed before */
+    const uint64_t *words;
+};
+bool log_create(struct volume *volume, char *error, size_t error_bytes);
+void log_destroy(struct volume *volume);
+void log_write(struct volume *volume, uint32_t group, const struct log_record *record, bool repeat);
+void log_read(struct volume *volume, uint32_t group, uint64_t offset, const uint64_t *slots, uint32_t count);
+void log_read_direct(struct request *request, uint32_t group, uint32_t payload_offset, uint64_t offset, uint64_t bytes);
+void log_superblock(struct volume *volume, uint32_t group, uint64_t offset, const uint64_t *words, uint32_t count);
+/* How many of the blocks that a read has brought have not the checksum that they should have. */
+uint32_t log_wrong_blocks(const struct io *io);
 
 /* sigbus.c */
 bool sigbus_watch(const void *start, size_t bytes, volatile int *flag);

@@ -1,7 +1,9 @@
-/* Backend I/O: operations cut into what the kernel takes, short transfers continued, results gathered into groups.
+/* I/O on the backend and the cache file: operations cut into what the kernel takes, short transfers continued, reads of the log verified,
+ * results gathered into groups.
  *
- * Invariant: group->pending counts the I/Os of a group that have not ended; connection->guest_io those that name guest memory. Reads
- * are given to the driver at once; writes and zeroing are the background and wait in a queue beyond `write_depth`, in order. */
+ * Invariant: group->pending counts the I/Os of a group that have not ended; connection->guest_io those that name guest memory. What the
+ * guest waits for is given to the driver at once: reads, and all that concerns the log. The backend's writes and zeroing are the
+ * background and wait in a queue beyond `write_depth`, in order. */
 #include "io.h"
 
 #include <errno.h>
@@ -47,7 +49,7 @@ void io_destroy(vhc_engine *engine)
 }
 
 /* The number of I/Os is bounded by groups and requests. Without memory for one nothing can go on: malloc's failure is fatal here. */
-static struct io *io_new(struct volume *volume, enum io_kind kind, uint32_t group, uint32_t segments)
+static struct io *io_new(struct volume *volume, enum io_target target, enum io_kind kind, uint32_t group, uint32_t segments)
 {
     vhc_engine *engine = volume->engine;
     if (!engine->free_ios) {
@@ -67,8 +69,10 @@ static struct io *io_new(struct volume *volume, enum io_kind kind, uint32_t grou
     io->volume = volume;
     io->request = NULL;
     io->kind = kind;
+    io->target = target;
+    io->check = CHECK_NONE;
     io->way = 0;
-    io->background = kind == IO_WRITE || kind == IO_ZERO;
+    io->background = target == IO_BACKEND && (kind == IO_WRITE || kind == IO_ZERO);
     io->retries = 0;
     io->group = group;
     io->iov_first = io->iov_count = 0;
@@ -87,6 +91,8 @@ static void io_free(vhc_engine *engine, struct io *io)
     if (io->iov != io->inline_iov)
         free(io->iov);
     free(io->bounce);
+    if (io->check)
+        free(io->whole);
     io->next = engine->free_ios;
     engine->free_ios = io;
 }
@@ -121,12 +127,24 @@ static void start(vhc_engine *engine, struct io *io)
     engine->driver->submit(engine, io);
 }
 
+static void count(struct io *io)
+{
+    vhc_volume_stats *stats = &io->volume->stats;
+    if (io->target == IO_BACKEND) {
+        stats->backend_ops[io->kind]++;
+        stats->backend_bytes[io->kind] += io->bytes;
+    } else {
+        unsigned kind = io->kind == IO_WRITE && io->bounce ? 3 : io->kind; /* a superblock */
+        stats->log_ops[kind]++;
+        stats->log_bytes[kind] += io->bytes;
+    }
+}
+
 /* Count it, and start it now or when the writes before it have ended. */
 static void issue(struct io *io)
 {
     struct volume *volume = io->volume;
-    volume->stats.backend_ops[io->kind]++;
-    volume->stats.backend_bytes[io->kind] += io->bytes;
+    count(io);
     if (io->background) {
         if (volume->writes_in_flight >= volume->config.write_depth) {
             *volume->waiting_last = io;
@@ -152,8 +170,19 @@ static void write_ended(struct volume *volume)
     start(volume->engine, io);
 }
 
-void io_slots(struct volume *volume, enum io_kind kind, uint32_t group, uint64_t offset, uint64_t bytes, const uint64_t *slots, uint32_t count,
-              uint32_t skip)
+/* Remember all of a read of the log, to verify it when it has ended. */
+static void check_when_read(struct io *io)
+{
+    io->check = CHECK_FIRST;
+    io->whole = malloc(io->iov_count * sizeof *io->whole);
+    assert(io->whole);
+    memcpy(io->whole, io->iov, io->iov_count * sizeof *io->whole);
+    io->whole_count = io->iov_count;
+    io->whole_offset = io->offset;
+}
+
+void io_slots(struct volume *volume, enum io_target target, enum io_kind kind, uint32_t group, uint64_t offset, uint64_t bytes,
+              const uint64_t *slots, uint32_t count, uint32_t skip)
 {
     assert(bytes && skip < VHC_BLOCK && skip + bytes <= (uint64_t)count * VHC_BLOCK && skip + bytes > (uint64_t)(count - 1) * VHC_BLOCK);
     struct io *io = NULL;
@@ -161,7 +190,7 @@ void io_slots(struct volume *volume, enum io_kind kind, uint32_t group, uint64_t
         uint32_t slot = (uint32_t)slots[i];
         assert(slots[i] < volume->config.slots && slot >= (kind == IO_READ ? VHC_FIRST_SLOT : 1u));
         if (!io) {
-            io = io_new(volume, kind, group, count - i < IO_MAX_IOV ? count - i : IO_MAX_IOV);
+            io = io_new(volume, target, kind, group, count - i < IO_MAX_IOV ? count - i : IO_MAX_IOV);
             io->offset = offset;
             io->bytes = 0;
         }
@@ -172,6 +201,8 @@ void io_slots(struct volume *volume, enum io_kind kind, uint32_t group, uint64_t
         bytes -= part;
         skip = 0;
         if (io->iov_count == IO_MAX_IOV || i + 1 == count) {
+            if (target == IO_CACHE && kind == IO_READ)
+                check_when_read(io);
             issue(io);
             io = NULL;
         }
@@ -193,19 +224,22 @@ static void use_bounce(struct io *io, uint64_t align)
     io->iov_count = 1;
 }
 
-void io_direct(struct request *request, enum io_kind kind, uint32_t group, uint32_t payload_offset, uint64_t offset, uint64_t bytes)
+void io_direct(struct request *request, enum io_target target, enum io_kind kind, uint32_t group, uint32_t payload_offset, uint64_t offset,
+               uint64_t bytes)
 {
     struct volume *volume = request->connection->volume;
     const vhc_volume_config *config = &volume->config;
     assert(request->kind == (kind == IO_READ ? VHC_REQ_READ : VHC_REQ_WRITE));
     assert(bytes && payload_offset + bytes <= request->payload_bytes);
-    struct io *io = io_new(volume, kind, group, request->payload_count);
+    struct io *io = io_new(volume, target, kind, group, request->payload_count);
     io->background = false; /* the guest waits for it */
     io->request = request;
     io->offset = offset;
     io->bytes = bytes;
     io->payload_offset = payload_offset;
     uintptr_t addresses = 0, lengths = offset | bytes;
+    /* A checksum is of a block in one piece. */
+    uint32_t align_io = target == IO_CACHE && config->align_io_bytes < VHC_BLOCK ? VHC_BLOCK : config->align_io_bytes;
     const struct iovec *segment = request->payload;
     uint64_t skip = payload_offset, left = bytes;
     while (skip >= segment->iov_len)
@@ -219,19 +253,33 @@ void io_direct(struct request *request, enum io_kind kind, uint32_t group, uint3
         addresses |= (uintptr_t)io->iov[i].iov_base;
         lengths |= io->iov[i].iov_len;
     }
-    if (addresses & (config->align_mem_bytes - 1) || lengths & (config->align_io_bytes - 1)) {
+    if (addresses & (config->align_mem_bytes - 1) || lengths & (align_io - 1)) {
         assert(kind == IO_READ);
-        use_bounce(io, config->align_io_bytes);
+        use_bounce(io, target == IO_CACHE ? VHC_BLOCK : align_io);
     }
+    if (target == IO_CACHE)
+        check_when_read(io);
     request->direct++;
     request->connection->guest_io++;
     issue(io);
 }
 
-void io_flush(struct volume *volume, uint32_t group)
+void io_flush(struct volume *volume, enum io_target target, uint32_t group)
 {
-    struct io *io = io_new(volume, IO_FLUSH, group, 0);
+    assert(target == IO_BACKEND || volume->log.crcs);
+    struct io *io = io_new(volume, target, IO_FLUSH, group, 0);
     io->offset = io->bytes = 0;
+    issue(io);
+}
+
+/* One block from memory of its own, so that the next may be composed at once. */
+void io_superblock(struct volume *volume, uint32_t group, uint64_t offset, const uint8_t *block)
+{
+    struct io *io = io_new(volume, IO_CACHE, IO_WRITE, group, 1);
+    io->offset = offset;
+    io->bytes = VHC_BLOCK;
+    use_bounce(io, VHC_BLOCK);
+    memcpy(io->bounce, block, VHC_BLOCK);
     issue(io);
 }
 
@@ -250,7 +298,7 @@ static void zero_by_writing(vhc_engine *engine, struct io *io)
 void io_zero(struct volume *volume, uint32_t group, uint64_t offset, uint64_t bytes, bool may_unmap)
 {
     assert(bytes);
-    struct io *io = io_new(volume, IO_ZERO, group, IO_INLINE_IOV);
+    struct io *io = io_new(volume, IO_BACKEND, IO_ZERO, group, IO_INLINE_IOV);
     io->offset = offset;
     io->bytes = bytes;
     io->way = may_unmap ? ZERO_PUNCH : ZERO_RANGE;
@@ -299,8 +347,10 @@ static void finish_alone(vhc_engine *engine, struct io *io, int32_t result)
 static void finish(vhc_engine *engine, struct io *io, int32_t result)
 {
     struct volume *volume = io->volume;
-    if (result)
+    if (result && io->target == IO_BACKEND)
         volume->stats.backend_errors++;
+    else if (result)
+        volume->stats.log_errors++;
     if (io->background)
         write_ended(volume);
     if (io->group == IO_NO_GROUP) {
@@ -355,6 +405,41 @@ static bool retry_zero(vhc_engine *engine, struct io *io, int32_t result)
     return true;
 }
 
+/* Once more, privately when it went into guest memory: the guest may have changed a page since it was read. */
+static void read_again(struct io *io)
+{
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < io->whole_count; i++)
+        bytes += io->whole[i].iov_len;
+    io->check = CHECK_LAST;
+    io->retries = 0;
+    io->offset = io->whole_offset;
+    io->bytes = bytes;
+    io->iov_first = 0;
+    io->iov_count = io->whole_count;
+    memcpy(io->iov, io->whole, io->whole_count * sizeof *io->whole);
+    if (io->request && !io->bounce) {
+        use_bounce(io, VHC_BLOCK);
+        io->whole[0] = io->iov[0];
+        io->whole_count = 1;
+    }
+}
+
+/* What was read has to be what was written: 0, or -EBADMSG; true: it is read again to find out. */
+static bool verify(struct io *io, int32_t *result)
+{
+    uint32_t wrong = log_wrong_blocks(io);
+    if (wrong && io->check == CHECK_FIRST) {
+        read_again(io);
+        return true;
+    }
+    if (wrong) {
+        io->volume->stats.log_crc_errors += wrong;
+        *result = -EBADMSG;
+    }
+    return false;
+}
+
 void io_ended(vhc_engine *engine, struct io *io)
 {
     int32_t result = io->result;
@@ -380,6 +465,8 @@ void io_ended(vhc_engine *engine, struct io *io)
             result = 0;
         }
     }
+    if (!again && !result && io->check)
+        again = verify(io, &result);
     if (again)
         start(engine, io);
     else

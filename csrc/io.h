@@ -1,4 +1,4 @@
-/* I/O on the backend: what an operation of the core becomes, and the two drivers that can do it. */
+/* I/O on the backend and the cache file: what an operation of the core becomes, and the two drivers that can do it. */
 #ifndef VHC_IO_H
 #define VHC_IO_H
 
@@ -8,6 +8,8 @@
 #define IO_MAX_IOV 1024u /* the kernel's limit for one vectored call */
 
 enum io_kind { IO_READ, IO_WRITE, IO_FLUSH, IO_ZERO };
+/* Of a read of the log: what it brings is verified, and once read again. */
+enum check { CHECK_NONE, CHECK_FIRST, CHECK_LAST };
 enum zero_way { ZERO_PUNCH, ZERO_RANGE, ZERO_WRITE };
 
 /* One call to the kernel in flight, or several one after the other when they are cut short. */
@@ -16,6 +18,8 @@ struct io {
     struct volume *volume;
     struct request *request; /* a direct read's, else NULL */
     uint8_t kind;
+    uint8_t target;    /* enum io_target */
+    uint8_t check;
     uint8_t way;       /* of zeroing */
     bool background;   /* counts among the volume's writes in flight */
     uint16_t retries;
@@ -26,6 +30,9 @@ struct io {
     uint8_t *bounce;   /* memory that direct I/O can use, for a read that it cannot do in place */
     uint32_t bounce_skip, bounce_bytes; /* what the guest asked for, in it */
     uint32_t payload_offset;
+    struct iovec *whole; /* of a read that is checked: all of it, as it was at the start */
+    uint32_t whole_count;
+    uint64_t whole_offset;
     int buffer; /* registered buffer that holds all of the single segment, or -1 */
     int32_t result; /* set by the driver */
     struct iovec inline_iov[IO_INLINE_IOV];
@@ -55,12 +62,14 @@ void io_destroy(vhc_engine *engine);
 /* For drivers: io->result is set. */
 void io_ended(vhc_engine *engine, struct io *io);
 
-/* For operations.c. Slots are consecutive blocks of backend data, `skip` bytes into the first. */
-void io_slots(struct volume *volume, enum io_kind kind, uint32_t group, uint64_t offset, uint64_t bytes, const uint64_t *slots, uint32_t count,
-              uint32_t skip);
+/* For operations.c and log.c. Slots are consecutive blocks of the file's data, `skip` bytes into the first. */
+void io_slots(struct volume *volume, enum io_target target, enum io_kind kind, uint32_t group, uint64_t offset, uint64_t bytes,
+              const uint64_t *slots, uint32_t count, uint32_t skip);
 #define IO_NO_GROUP UINT32_MAX /* a direct read that completes its request by itself */
-void io_direct(struct request *request, enum io_kind kind, uint32_t group, uint32_t payload_offset, uint64_t offset, uint64_t bytes);
-void io_flush(struct volume *volume, uint32_t group);
+void io_direct(struct request *request, enum io_target target, enum io_kind kind, uint32_t group, uint32_t payload_offset, uint64_t offset,
+               uint64_t bytes);
+void io_flush(struct volume *volume, enum io_target target, uint32_t group);
+void io_superblock(struct volume *volume, uint32_t group, uint64_t offset, const uint8_t *block);
 void io_zero(struct volume *volume, uint32_t group, uint64_t offset, uint64_t bytes, bool may_unmap);
 
 #endif

@@ -1,4 +1,4 @@
-/* Backend I/O by a few threads, where io_uring is forbidden (the seccomp filters of containers, the io_uring_disabled sysctl). They make
+/* I/O by a few threads, where io_uring is forbidden (the seccomp filters of containers, the io_uring_disabled sysctl). They make
  * one system call after the other and touch nothing of the engine but the I/O that they have been given. */
 #include "io.h"
 
@@ -29,7 +29,7 @@ struct pool {
 
 static int32_t perform(struct io *io)
 {
-    int fd = io->volume->config.backend_fd;
+    int fd = io->volume->descriptor[io->target];
     struct iovec *iov = &io->iov[io->iov_first];
     int count = (int)(io->iov_count - io->iov_first);
     ssize_t result = -1;

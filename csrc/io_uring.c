@@ -1,4 +1,4 @@
-/* Backend I/O by io_uring. Completions are looked at in memory while the loop polls; an eventfd in the epoll set wakes it when it
+/* I/O by io_uring. Completions are looked at in memory while the loop polls; an eventfd in the epoll set wakes it when it
  * sleeps. Buffers and files are registered when the kernel lets us: an unprivileged user may run into RLIMIT_MEMLOCK. */
 #include "io.h"
 
@@ -23,7 +23,7 @@ struct uring {
     struct io_uring ring;
     int event_fd;
     bool enabled, buffers, files;
-    uint32_t buffers_used;
+    uint32_t buffers_used, files_used;
     struct io *waiting_first, **waiting_last; /* beyond what the completion ring holds */
     uint32_t in_kernel;
 };
@@ -84,13 +84,21 @@ static void uring_destroy(vhc_engine *engine)
     free(uring);
 }
 
+static int register_file(struct uring *uring, int fd)
+{
+    if (fd < 0 || !uring->files || uring->files_used == VHC_MAX_VOLUMES ||
+        io_uring_register_files_update(&uring->ring, uring->files_used, &fd, 1) != 1)
+        return -1;
+    return (int)uring->files_used++;
+}
+
 static void uring_add_volume(vhc_engine *engine, struct volume *volume)
 {
     struct uring *uring = engine->driver_state;
     uint64_t bytes = (uint64_t)volume->config.slots * VHC_BLOCK;
     uint32_t pieces = (uint32_t)((bytes + BUFFER_BYTES - 1) / BUFFER_BYTES);
-    int fd = volume->config.backend_fd;
-    volume->fixed_file = uring->files && io_uring_register_files_update(&uring->ring, volume->number, &fd, 1) == 1;
+    for (int target = 0; target < IO_TARGETS; target++)
+        volume->fixed_file[target] = register_file(uring, volume->descriptor[target]);
     if (!uring->buffers || uring->buffers_used + pieces > BUFFERS)
         return;
     for (uint32_t i = 0; i < pieces; i++) {
@@ -108,7 +116,7 @@ static void uring_add_volume(vhc_engine *engine, struct volume *volume)
 static void prepare(struct io_uring_sqe *sqe, struct io *io)
 {
     struct volume *volume = io->volume;
-    int fd = volume->fixed_file ? (int)volume->number : volume->config.backend_fd;
+    int fixed = volume->fixed_file[io->target], fd = fixed >= 0 ? fixed : volume->descriptor[io->target];
     struct iovec *iov = &io->iov[io->iov_first];
     uint32_t count = io->iov_count - io->iov_first;
     switch (io->kind) {
@@ -139,7 +147,7 @@ static void prepare(struct io_uring_sqe *sqe, struct io *io)
                                     (off_t)io->offset, (off_t)io->bytes);
         break;
     }
-    if (volume->fixed_file)
+    if (fixed >= 0)
         sqe->flags |= IOSQE_FIXED_FILE;
     io_uring_sqe_set_data(sqe, io);
 }

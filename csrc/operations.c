@@ -52,7 +52,7 @@ static void backend_operation(vhc_engine *engine, struct stream *stream, uint32_
 {
     struct volume *volume = volume_by_number(engine, number);
     if (opcode == VHC_OP_FLUSH) {
-        io_flush(volume, (uint32_t)take(stream, 1)[0]);
+        io_flush(volume, IO_BACKEND, (uint32_t)take(stream, 1)[0]);
         return;
     }
     const uint64_t *words = take(stream, 3);
@@ -60,7 +60,7 @@ static void backend_operation(vhc_engine *engine, struct stream *stream, uint32_
     if (opcode == VHC_OP_ZERO)
         io_zero(volume, (uint32_t)words[0], words[1], words[2], arg & 1);
     else
-        io_slots(volume, opcode == VHC_OP_READ ? IO_READ : IO_WRITE, (uint32_t)words[0], words[1], words[2], take(stream, arg), arg,
+        io_slots(volume, IO_BACKEND, opcode == VHC_OP_READ ? IO_READ : IO_WRITE, (uint32_t)words[0], words[1], words[2], take(stream, arg), arg,
                  (uint32_t)(words[0] >> 32));
 }
 
@@ -87,6 +87,59 @@ static void one_block(vhc_engine *engine, uint32_t tag, uint32_t slot, bool in)
     else
         request_copy_out(request, 0, VHC_BLOCK, memory);
     request_complete(request, VBLK_OK);
+}
+
+static void log_one_block(vhc_engine *engine, uint32_t tag, uint32_t slot)
+{
+    struct request *request = request_by_tag(engine, tag);
+    struct volume *volume = request->connection->volume;
+    assert(request->payload_bytes == VHC_BLOCK && request->sector % (VHC_BLOCK / VBLK_SECTOR) == 0);
+    request_copy_in(request, 0, VHC_BLOCK, checked_slot(volume, slot, VHC_FIRST_SLOT));
+    tier_publish_one(volume, request->sector / (VHC_BLOCK / VBLK_SECTOR), slot);
+    request_complete(request, VBLK_OK);
+}
+
+static void tier_operation(vhc_engine *engine, struct stream *stream, uint32_t opcode, uint32_t number, uint32_t arg)
+{
+    struct volume *volume = volume_by_number(engine, number);
+    uint64_t word = take(stream, 1)[0];
+    if (opcode == VHC_OP_PUBLISH)
+        tier_publish(volume, word, take(stream, 2 * arg), arg);
+    else if (opcode == VHC_OP_RETIRE)
+        tier_retire(volume, word);
+    else
+        volume->tier.seq = word;
+}
+
+static void write_record(struct volume *volume, struct stream *stream, uint32_t payload_blocks)
+{
+    const uint64_t *given = take(stream, 4);
+    uint64_t slots[LOG_MAX_SLOTS];
+    struct log_record record = {.offset = given[1], .slots = slots, .payload_blocks = payload_blocks, .words_count = (uint32_t)given[3]};
+    record.words = take(stream, record.words_count);
+    slots[record.header_blocks++] = (uint32_t)given[2];
+    if (given[2] >> 32)
+        slots[record.header_blocks++] = given[2] >> 32;
+    assert(payload_blocks <= LOG_MAX_SLOTS - record.header_blocks);
+    memcpy(slots + record.header_blocks, take(stream, payload_blocks), payload_blocks * sizeof slots[0]);
+    log_write(volume, (uint32_t)given[0], &record, given[0] >> 32);
+}
+
+static void log_operation(vhc_engine *engine, struct stream *stream, uint32_t opcode, uint32_t number, uint32_t arg)
+{
+    struct volume *volume = volume_by_number(engine, number);
+    if (opcode == VHC_OP_LOG_WRITE) {
+        write_record(volume, stream, arg);
+    } else if (opcode == VHC_OP_LOG_FLUSH) {
+        io_flush(volume, IO_CACHE, (uint32_t)take(stream, 1)[0]);
+    } else {
+        const uint64_t *given = take(stream, 2);
+        const uint64_t *rest = take(stream, arg);
+        if (opcode == VHC_OP_LOG_READ)
+            log_read(volume, (uint32_t)given[0], given[1], rest, arg);
+        else
+            log_superblock(volume, (uint32_t)given[0], given[1], rest, arg);
+    }
 }
 
 void operations_run(vhc_engine *engine, const uint64_t *operations, uint32_t words)
@@ -121,7 +174,7 @@ void operations_run(vhc_engine *engine, const uint64_t *operations, uint32_t wor
             struct request *request = request_by_tag(engine, number);
             uint64_t size = request->connection->volume->config.size_bytes;
             assert(given[1] <= size && given[2] <= size - given[1]);
-            io_direct(request, opcode == VHC_OP_READ_DIRECT ? IO_READ : IO_WRITE, arg ? IO_NO_GROUP : (uint32_t)given[0],
+            io_direct(request, IO_BACKEND, opcode == VHC_OP_READ_DIRECT ? IO_READ : IO_WRITE, arg ? IO_NO_GROUP : (uint32_t)given[0],
                       (uint32_t)(given[0] >> 32), given[1], given[2]);
             break;
         }
@@ -130,6 +183,25 @@ void operations_run(vhc_engine *engine, const uint64_t *operations, uint32_t wor
         case VHC_OP_FLUSH:
         case VHC_OP_ZERO:
             backend_operation(engine, &stream, opcode, number, arg);
+            break;
+        case VHC_OP_LOG1:
+            log_one_block(engine, number, arg);
+            break;
+        case VHC_OP_PUBLISH:
+        case VHC_OP_RETIRE:
+        case VHC_OP_LOG_SEQ:
+            tier_operation(engine, &stream, opcode, number, arg);
+            break;
+        case VHC_OP_LOG_READ_DIRECT: {
+            const uint64_t *given = take(&stream, 3);
+            log_read_direct(request_by_tag(engine, number), arg ? IO_NO_GROUP : (uint32_t)given[0], (uint32_t)(given[0] >> 32), given[1], given[2]);
+            break;
+        }
+        case VHC_OP_LOG_READ:
+        case VHC_OP_LOG_WRITE:
+        case VHC_OP_LOG_FLUSH:
+        case VHC_OP_SUPERBLOCK:
+            log_operation(engine, &stream, opcode, number, arg);
             break;
         default:
             assert(!"an operation that does not exist");

@@ -1,5 +1,6 @@
-/* The slab of a volume: its slots, in one piece of shared memory that is there from the start. Every page is allocated before the
- * first request, so that a machine short of memory refuses to start instead of killing a running daemon. */
+/* The slab of a volume: its slots, in one piece of shared memory that is there from the start: the process's own, or the part of the
+ * RAM-tier file that holds the slots and outlives the process. Every page is allocated before the first request, so that a machine short
+ * of memory refuses to start instead of killing a running daemon. */
 #include "internal.h"
 
 #include <errno.h>
@@ -12,11 +13,17 @@
 bool slab_create(struct volume *volume, char *error, size_t error_bytes)
 {
     size_t bytes = (size_t)volume->config.slots * VHC_BLOCK;
+    int fd = volume->config.tier_fd, problem = 0;
+    off_t start = fd >= 0 ? (off_t)volume->config.tier_slab_offset : 0;
     volume->slab = NULL;
-    volume->slab_fd = memfd_create("vhostcache-slab", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    int problem = volume->slab_fd < 0 || ftruncate(volume->slab_fd, (off_t)bytes) < 0 ? errno : posix_fallocate(volume->slab_fd, 0, (off_t)bytes);
+    if (fd < 0) {
+        fd = volume->slab_fd = memfd_create("vhostcache-slab", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+        problem = fd < 0 || ftruncate(fd, (off_t)bytes) < 0 ? errno : 0;
+    }
+    if (!problem)
+        problem = posix_fallocate(fd, start, (off_t)bytes);
     if (!problem) {
-        void *slab = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, volume->slab_fd, 0);
+        void *slab = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, start);
         if (slab == MAP_FAILED)
             problem = errno;
         else

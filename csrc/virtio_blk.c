@@ -42,7 +42,7 @@ static bool within(const struct vblk_limits *limits, uint64_t sector, uint64_t s
 
 static enum vblk_status parse_data(const struct vblk_limits *limits, struct vblk_request *request, uint64_t bytes)
 {
-    if (bytes == 0 || bytes % VBLK_SECTOR || bytes > VBLK_MAX_PAYLOAD)
+    if (bytes == 0 || bytes % VBLK_SECTOR || bytes > limits->payload_max)
         return VBLK_IOERR;
     request->sectors = (uint32_t)(bytes / VBLK_SECTOR);
     request->payload_bytes = (uint32_t)bytes;

@@ -22,6 +22,7 @@ enum vblk_kind { VBLK_READ, VBLK_WRITE, VBLK_FLUSH, VBLK_DISCARD, VBLK_ZERO, VBL
 struct vblk_limits {
     uint64_t capacity; /* sectors */
     uint32_t discard_max; /* sectors */
+    uint32_t payload_max; /* bytes of a read or write, at most VBLK_MAX_PAYLOAD */
     uint32_t align_mem, align_io; /* what direct I/O asks of addresses and lengths, powers of two */
     bool read_only;
 };

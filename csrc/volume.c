@@ -12,13 +12,23 @@
 
 #define ACCEPT_RETRY_NS 100000000ull /* after running out of descriptors or memory */
 
+/* The product of both is a request that is accepted. */
+static void segment_limits(const struct volume *volume, uint32_t *size_max, uint32_t *seg_max)
+{
+    uint32_t most = volume->limits.payload_max, size = most / VBLK_SEG_MAX / VHC_BLOCK * VHC_BLOCK;
+    *size_max = size > VBLK_SIZE_MAX ? VBLK_SIZE_MAX : size ? size : VHC_BLOCK;
+    *seg_max = most / *size_max < VBLK_SEG_MAX ? most / *size_max : VBLK_SEG_MAX;
+}
+
 static void fill_config_space(struct volume *volume)
 {
     const vhc_volume_config *config = &volume->config;
+    uint32_t size_max, seg_max;
+    segment_limits(volume, &size_max, &seg_max);
     struct virtio_blk_config space = {
         .capacity = config->size_bytes / VBLK_SECTOR,
-        .size_max = VBLK_SIZE_MAX,
-        .seg_max = VBLK_SEG_MAX,
+        .size_max = size_max,
+        .seg_max = seg_max,
         .blk_size = VBLK_SECTOR,
         .physical_block_exp = 3, /* 4 KiB */
         .min_io_size = VHC_BLOCK / VBLK_SECTOR,
@@ -51,6 +61,14 @@ static bool sound(const vhc_volume_config *config, char *error, size_t error_byt
     else if (__builtin_popcount(config->align_mem_bytes) != 1 || __builtin_popcount(config->align_io_bytes) != 1 ||
              config->align_io_bytes > (1u << 20) || config->align_mem_bytes > (1u << 20))
         what = "an alignment is not a power of two";
+    else if (config->cache_fd >= 0 && (!config->ring_bytes || config->ring_bytes % VHC_BLOCK))
+        what = "the log's ring is not a multiple of 4096";
+    else if (config->tier_fd >= 0 && (!config->tier_entries || config->tier_entries_offset < VHC_BLOCK || config->tier_entries_offset % 8 ||
+                                      config->tier_slab_offset % VHC_BLOCK || config->tier_slab_offset < config->tier_entries_offset +
+                                      (uint64_t)config->tier_entries * sizeof(struct tier_entry)))
+        what = "the parts of the RAM-tier file overlap or lie nowhere";
+    else if (config->request_max_bytes && config->request_max_bytes < VHC_BLOCK)
+        what = "the largest request is smaller than a block";
     if (what)
         snprintf(error, error_bytes, "%s", what);
     return !what;
@@ -59,6 +77,8 @@ static bool sound(const vhc_volume_config *config, char *error, size_t error_byt
 static void volume_free(struct volume *volume)
 {
     slab_destroy(volume);
+    tier_destroy(volume);
+    log_destroy(volume);
     free(volume->groups);
     free(volume);
 }
@@ -83,15 +103,21 @@ int vhc_volume_add(vhc_engine *engine, const vhc_volume_config *config, char *er
     volume->config.serial[sizeof volume->config.serial - 1] = 0;
     volume->listen_fd = config->listen_fd;
     volume->slab_fd = volume->buffer_base = -1;
+    volume->descriptor[IO_BACKEND] = config->backend_fd;
+    volume->descriptor[IO_CACHE] = config->cache_fd;
+    volume->fixed_file[IO_BACKEND] = volume->fixed_file[IO_CACHE] = -1;
     volume->waiting_last = &volume->waiting_first;
     volume->limits = (struct vblk_limits){.capacity = config->size_bytes / VBLK_SECTOR,
                                           .discard_max = config->discard_max_bytes / VBLK_SECTOR,
+                                          .payload_max = VBLK_MAX_PAYLOAD,
                                           .align_mem = config->align_mem_bytes,
                                           .align_io = config->align_io_bytes,
                                           .read_only = config->read_only};
+    if (config->request_max_bytes && config->request_max_bytes < VBLK_MAX_PAYLOAD)
+        volume->limits.payload_max = config->request_max_bytes;
     volume->connection.volume = volume;
     fill_config_space(volume);
-    if (!slab_create(volume, error, error_bytes)) {
+    if (!tier_create(volume, error, error_bytes) || !slab_create(volume, error, error_bytes) || !log_create(volume, error, error_bytes)) {
         volume_free(volume);
         return -1;
     }

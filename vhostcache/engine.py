@@ -12,6 +12,7 @@ from typing import Any, Final, Self
 
 from vhostcache._native import ffi, lib
 from vhostcache.errors import EngineError
+from vhostcache.operations import BLOCK_BYTES
 
 _ERROR_BYTES: Final = 256
 _VOLUME_COUNTERS: Final = (
@@ -19,6 +20,8 @@ _VOLUME_COUNTERS: Final = (
     "bad_requests",
     "errors",
     "backend_errors",
+    "log_errors",
+    "log_crc_errors",
     "notifications",
     "kicks",
     "inflight",
@@ -27,7 +30,7 @@ _VOLUME_COUNTERS: Final = (
     "depth_samples",
     "resubmitted",
 )
-_VOLUME_ARRAYS: Final = ("requests", "bytes", "backend_ops", "backend_bytes")
+_VOLUME_ARRAYS: Final = ("requests", "bytes", "backend_ops", "backend_bytes", "log_ops", "log_bytes")
 _ENGINE_COUNTERS: Final = ("turns", "sleeps", "polls", "poll_hits", "io_uring", "registered_buffers")
 _NOTHING: Final[list[int]] = []
 
@@ -86,6 +89,7 @@ class Engine:
         self._words = ffi.typeof("uint64_t[]")
         self._no_words = ffi.new("uint64_t[1]")
         self._volumes = 0
+        self._ring_bytes: list[int] = []
 
     def __enter__(self) -> Self:
         return self
@@ -119,8 +123,19 @@ class Engine:
         write_depth: int,
         discard_max_bytes: int,
         serial: str,
+        cache_fd: int = -1,
+        ring_bytes: int = 0,
+        tier_fd: int = -1,
+        tier_entries_offset: int = 0,
+        tier_entries: int = 0,
+        tier_slab_offset: int = 0,
+        request_max_bytes: int = 0,
     ) -> int:
-        """The volume's number: 0, 1, ... The engine takes `listen_fd` over, if it takes the volume."""
+        """The volume's number: 0, 1, ... The engine takes `listen_fd` over, if it takes the volume.
+
+        The other descriptors stay the caller's and open. With `cache_fd` there is a log, with a ring of `ring_bytes`;
+        with `tier_fd` the slots lie in the RAM-tier file. The alignments are the larger of backend and cache file.
+        """
         error = ffi.new("char[]", _ERROR_BYTES)
         config = ffi.new(
             "vhc_volume_config *",
@@ -138,12 +153,20 @@ class Engine:
                 "write_depth": write_depth,
                 "discard_max_bytes": discard_max_bytes,
                 "serial": serial.encode()[:20],
+                "cache_fd": cache_fd,
+                "ring_bytes": ring_bytes,
+                "tier_fd": tier_fd,
+                "tier_entries_offset": tier_entries_offset,
+                "tier_entries": tier_entries,
+                "tier_slab_offset": tier_slab_offset,
+                "request_max_bytes": request_max_bytes,
             },
         )
         index = int(lib.vhc_volume_add(self._engine, config, error, _ERROR_BYTES))
         if index < 0:
             raise EngineError("engine", ffi.string(error).decode(errors="replace"))
         self._volumes = index + 1
+        self._ring_bytes.append(ring_bytes)
         return index
 
     def start_volume(self, index: int) -> None:
@@ -153,6 +176,17 @@ class Engine:
     def stop_volume(self, index: int) -> None:
         """Accept none any more, answer what has been begun, then disconnect."""
         lib.vhc_volume_stop(self._engine, self._checked(index))
+
+    def log_start(self, index: int, previous_header_crc: int) -> None:
+        """The crc of the header that the next record follows, before the first LOG_WRITE; 0: none is known."""
+        lib.vhc_log_start(self._engine, self._checked(index), previous_header_crc)
+
+    def log_crcs(self, index: int) -> memoryview:
+        """The crc32c of each block of the ring, as writable u32. It must not be used once the engine is closed."""
+        crcs = lib.vhc_log_crcs(self._engine, self._checked(index))
+        if crcs == ffi.NULL:
+            raise EngineError("engine", f"volume {index} has no log")
+        return memoryview(ffi.buffer(crcs, self._ring_bytes[index] // BLOCK_BYTES * 4)).cast("I")
 
     def set_write_cache(self, index: int, enabled: bool) -> None:
         """What the configuration space says of the write cache."""

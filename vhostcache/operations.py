@@ -20,6 +20,15 @@ READ_DIRECT: Final = 11
 FLUSH: Final = 12
 ZERO: Final = 13
 WRITE_DIRECT: Final = 14
+LOG_WRITE: Final = 15
+LOG_READ: Final = 16
+LOG_READ_DIRECT: Final = 17
+LOG_FLUSH: Final = 18
+SUPERBLOCK: Final = 19
+PUBLISH: Final = 20
+LOG1: Final = 21
+LOG_SEQ: Final = 22
+RETIRE: Final = 23
 
 GROUPS: Final = 16384
 FIRST_SLOT: Final = 3

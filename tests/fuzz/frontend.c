@@ -861,6 +861,8 @@ static void set_up(void)
     vhc_volume_config volume = {
         .listen_fd = listen_fd,
         .backend_fd = backend_fd,
+        .cache_fd = -1,
+        .tier_fd = -1,
         .size_bytes = CAPACITY,
         .slots = SLOTS,
         .object_bytes = 4 << 20,

@@ -95,6 +95,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct vblk_limits limits = {
         .capacity = flags & 1 ? take64() : 1000,
         .discard_max = flags & 2 ? take32() : 2048,
+        .payload_max = VBLK_MAX_PAYLOAD,
         .align_mem = 1u << (flags >> 4 & 7),
         .align_io = flags & 8 ? 512 : 1,
         .read_only = flags & 4,

@@ -14,6 +14,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from vhostcache.backend.mark import Mark
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -35,6 +37,14 @@ class Notice:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Stamp:
+    """By what a cache knows it again, and notices that others have changed it."""
+
+    identity: bytes  # at most 32 bytes
+    mtime_ns: int  # of its data; 0: nobody can tell
+
+
 class Backend(ABC):
     """One opened backend."""
 
@@ -50,6 +60,18 @@ class Backend(ABC):
     @abstractmethod
     def check(self) -> Notice | None:
         """Look whether it is still what was opened; a Notice says how it is not. Cheap, never waits for the data."""
+
+    @abstractmethod
+    def stamp(self) -> Stamp:
+        """As it is now."""
+
+    @abstractmethod
+    def read_mark(self) -> Mark | None:
+        """What it says of its cache; None: nothing."""
+
+    @abstractmethod
+    def write_mark(self, new: Mark | None) -> bool:
+        """Durably; None takes it away. False: it cannot keep one."""
 
     @abstractmethod
     def close(self) -> None:

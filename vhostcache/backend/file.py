@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import mmap
 import os
 import stat
@@ -16,8 +17,9 @@ import struct
 import time
 from typing import ClassVar, Final
 
-from vhostcache.backend import locks
-from vhostcache.backend.base import Backend, Facts, Notice
+from vhostcache.backend import locks, mark
+from vhostcache.backend.base import Backend, Facts, Notice, Stamp
+from vhostcache.backend.mark import Mark
 from vhostcache.errors import ImageError, why
 
 SECTOR_BYTES: Final = 512
@@ -103,6 +105,23 @@ class FileBackend(Backend):
                 "hint": "give the image its size back, check it, and start again",
             },
         )
+
+    def stamp(self) -> Stamp:
+        """A file is its real path, whatever link leads there; a device the name that was given, which may be the one
+        link that stays the same from boot to boot.
+        """
+        path = os.path.abspath(self._path) if self._is_device else os.path.realpath(self._path)
+        mtime_ns = 0 if self._is_device else os.fstat(self._descriptor).st_mtime_ns
+        return Stamp(hashlib.sha256(os.fsencode(path)).digest(), mtime_ns)
+
+    def read_mark(self) -> Mark | None:
+        return mark.read(self._descriptor, self.identity)
+
+    def write_mark(self, new: Mark | None) -> bool:
+        if new is not None:
+            return mark.write(self._descriptor, new, self.identity)
+        mark.remove(self._descriptor, self.identity)
+        return True
 
     def close(self) -> None:
         """All I/O on it has ended. Unlocks it now: an io_uring keeps its files for a while after its process."""

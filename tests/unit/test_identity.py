@@ -1,0 +1,218 @@
+"""Which cache may be used with which image: one case a test, in the words that its user reads."""
+
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vhostcache import identity
+from vhostcache.backend import mark
+from vhostcache.backend.base import Stamp
+from vhostcache.backend.file import FileBackend
+from vhostcache.backend.mark import Mark
+from vhostcache.errors import ImageError
+from vhostcache.identity import Action, Image, Judgement, RefusedError
+from vhostcache.log.superblock import Superblock
+
+MIB = 1 << 20
+UUID, OTHER = bytes(range(16)), bytes(range(1, 17))
+RING = (63 * MIB) // 4096
+PLAIN = Image("image 'a'", 64 * MIB, Stamp(b"the path of a", 1000), None)
+MARKED = replace(PLAIN, mark=Mark(UUID, 7, dirty=True))
+CLEAN_MARK = replace(PLAIN, mark=Mark(UUID, 7, dirty=False))
+CLEAN = Superblock(
+    uuid=UUID,
+    backend_identity=b"m" + PLAIN.stamp.identity,
+    backend_size_bytes=64 * MIB,
+    backend_mtime_ns=1000,
+    ring_blocks=RING,
+    epoch=7,
+    open_seq=5,
+    tail_address=RING + 10,
+    tail_seq=5,
+    clean_address=RING + 30,
+    durable_address=RING + 30,
+    durable_seq=9,
+    clean=True,
+)
+DIRTY = replace(CLEAN, clean_address=RING + 20)  # closed in good order, with data that is not in the image
+CRASHED = replace(DIRTY, clean=False, backend_mtime_ns=0)
+
+
+def judge(image: Image, superblock: Superblock, size: int = 64 * MIB) -> Judgement:
+    return identity.with_cache(image, "c", size, superblock)
+
+
+def refused(image: Image, superblock: Superblock, size: int = 64 * MIB, discardable: bool = True) -> str:
+    with pytest.raises(RefusedError) as caught:
+        judge(image, superblock, size)
+    assert caught.value.discardable == discardable
+    assert ("--discard-dirty-data" in str(caught.value)) == discardable
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("superblock", [CLEAN, DIRTY, CRASHED])
+def test_a_cache_and_its_image_are_used_together(superblock: Superblock) -> None:
+    for image in (MARKED, CLEAN_MARK):
+        assert judge(image, superblock).action is Action.USE
+
+
+def test_an_image_that_has_moved_is_known_by_its_mark() -> None:
+    moved = replace(MARKED, stamp=Stamp(b"another path", 1000))
+    assert judge(moved, CRASHED).action is Action.USE
+
+
+def test_where_there_are_no_marks_path_and_size_decide() -> None:
+    unmarked = replace(DIRTY, backend_identity=b"p" + PLAIN.stamp.identity)
+    assert judge(PLAIN, unmarked).action is Action.USE
+    moved = replace(PLAIN, stamp=Stamp(b"another path", 1000))
+    assert "belongs to another image" in refused(moved, unmarked, discardable=False)
+
+
+def test_another_images_cache_is_refused_even_if_dirty_data_may_be_discarded() -> None:
+    other = Image("image 'b'", 64 * MIB, Stamp(b"the path of b", 5), Mark(OTHER, 3, dirty=True))
+    assert "belongs to another image" in refused(other, CLEAN, discardable=False)
+    assert "belongs to another image" in refused(replace(other, mark=None), DIRTY, discardable=False)
+
+
+def test_a_cache_that_the_image_has_given_up_for_another_one_is_refused() -> None:
+    image = replace(PLAIN, mark=Mark(OTHER, 3, dirty=True))
+    assert f"expected {OTHER.hex()}, which image 'a' has been used with since" in refused(image, CRASHED)
+
+
+def test_an_older_copy_of_the_cache_is_refused() -> None:
+    for old in (CLEAN, DIRTY, CRASHED):
+        line = refused(MARKED, replace(old, epoch=6))
+        assert "is an old copy (epoch 6); expected epoch 7" in line
+
+
+def test_a_start_that_died_between_superblock_and_mark_is_no_obstacle() -> None:
+    assert judge(MARKED, replace(CRASHED, epoch=9)).action is Action.USE
+
+
+def test_a_truncated_cache_file_is_refused() -> None:
+    assert "is 67104768 bytes large; expected 67108864" in refused(MARKED, CRASHED, 64 * MIB - 4096)
+    assert judge(MARKED, CRASHED, 65 * MIB).action is Action.USE
+
+
+def test_an_image_of_another_size_is_refused_if_the_cache_has_newer_data_and_else_starts_cold() -> None:
+    grown = replace(MARKED, size_bytes=65 * MIB)
+    assert "has 68157440 bytes instead of 67108864" in refused(grown, DIRTY)
+    refused(grown, CRASHED)
+    assert judge(grown, CLEAN) == Judgement(Action.COLD, "image 'a' has 68157440 bytes instead of 67108864")
+
+
+def test_an_image_that_was_changed_meanwhile_is_refused_if_the_cache_has_newer_data_and_else_starts_cold() -> None:
+    changed = replace(MARKED, stamp=replace(PLAIN.stamp, mtime_ns=1001))
+    assert "has been changed since it was last used with its cache" in refused(changed, DIRTY)
+    assert judge(changed, CLEAN).action is Action.COLD
+    assert judge(changed, CRASHED).action is Action.USE, "the daemon's own last writes have changed it"
+
+
+def test_an_image_that_has_lost_its_mark_has_been_replaced() -> None:
+    assert "has lost the mark of its cache" in refused(PLAIN, CRASHED)
+    assert judge(PLAIN, CLEAN).action is Action.COLD
+
+
+def test_an_image_whose_newest_data_is_in_a_cache_is_refused_without_it() -> None:
+    for image in (PLAIN, CLEAN_MARK):
+        identity.without_cache(image)
+        assert identity.with_new_cache(image, "c").action is Action.FRESH
+    with pytest.raises(RefusedError, match=f"newest data is in a cache .uuid {UUID.hex()}, epoch 7.*drain"):
+        identity.without_cache(MARKED)
+    with pytest.raises(RefusedError, match=f"does not exist.*newest data of image 'a' .uuid {UUID.hex()}"):
+        identity.with_new_cache(MARKED, "c")
+
+
+def test_a_foreign_file_is_never_overwritten() -> None:
+    assert not identity.no_cache_file("c").discardable
+
+
+# Marks.
+
+
+def test_a_mark_is_text_that_can_be_read_again() -> None:
+    for dirty in (False, True):
+        assert Mark.parse(Mark(UUID, 12, dirty).text()) == Mark(UUID, 12, dirty)
+    for text in (
+        "",
+        "2 x 1 dirty",
+        f"1 {UUID.hex()} -1 dirty",
+        f"1 {UUID.hex()} 1 red",
+        "1 zz 1 dirty",
+        "1 00 1 dirty",
+    ):
+        assert Mark.parse(text) is None
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "a.img"
+    with path.open("wb") as file:
+        file.truncate(MIB)
+        try:
+            os.setxattr(file.fileno(), mark.NAME, b"x")
+            os.removexattr(file.fileno(), mark.NAME)
+        except OSError:
+            pytest.skip("no extended attributes here")
+    return path
+
+
+def test_an_image_keeps_its_mark_and_its_time(image: Path) -> None:
+    backend = FileBackend(str(image), False, False)
+    assert backend.read_mark() is None
+    before = backend.stamp()
+    assert backend.write_mark(Mark(UUID, 1, dirty=True))
+    backend.close()
+    backend = FileBackend(str(image), True, False)
+    assert backend.read_mark() == Mark(UUID, 1, dirty=True)
+    assert backend.stamp() == before
+    backend.close()
+    moved = image.rename(image.with_name("b.img"))
+    backend = FileBackend(str(moved), False, False)
+    assert backend.read_mark() == Mark(UUID, 1, dirty=True)
+    assert backend.stamp().identity != before.identity
+    backend.write_mark(None)
+    backend.write_mark(None)
+    assert backend.read_mark() is None
+    backend.close()
+
+
+def test_a_mark_that_nobody_understands_is_refused(image: Path) -> None:
+    os.setxattr(image, mark.NAME, b"9 from the future")
+    backend = FileBackend(str(image), False, False)
+    with pytest.raises(ImageError, match="is '9 from the future'; expected '1 UUID EPOCH dirty' or 'clean'"):
+        backend.read_mark()
+    backend.close()
+
+
+def test_a_copy_by_content_does_not_take_the_mark_along(image: Path) -> None:
+    os.setxattr(image, mark.NAME, Mark(UUID, 1, dirty=True).text().encode())
+    subprocess.run(["cp", image, image.with_name("copy")], check=True)
+    backend = FileBackend(str(image.with_name("copy")), False, False)
+    assert backend.read_mark() is None
+    backend.close()
+
+
+def test_where_no_mark_can_be_kept_nothing_is_wrong(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(95, "")
+
+    for name in ("setxattr", "getxattr", "removexattr"):
+        monkeypatch.setattr(os, name, unsupported)
+    backend = FileBackend(str(image), False, False)
+    assert backend.read_mark() is None
+    assert not backend.write_mark(Mark(UUID, 1, dirty=True))
+    backend.write_mark(None)
+    backend.close()
+
+
+def test_links_to_an_image_lead_to_the_same_identity(image: Path) -> None:
+    link = image.with_name("link")
+    link.symlink_to(image)
+    first, second = FileBackend(str(image), True, False), FileBackend(str(link), True, False)
+    assert first.stamp().identity == second.stamp().identity
+    first.close()
+    second.close()

@@ -423,6 +423,7 @@ static void read_again(struct io *io)
         io->whole[0] = io->iov[0];
         io->whole_count = 1;
     }
+    count(io);
 }
 
 /* What was read has to be what was written: 0, or -EBADMSG; true: it is read again to find out. */

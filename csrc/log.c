@@ -22,7 +22,6 @@ _Static_assert((MAX_HEADER_BLOCKS * VHC_BLOCK - HEADER_BYTES) / sizeof(uint32_t)
 
 /* The header's words, by number, and what stands in the halves of some. */
 enum { WORD_ADDRESS = 3, WORD_BLOCKS = 4, WORD_COUNTS = 5, WORD_CRCS = 7, HEADER_WORDS = 8 };
-#define FLAG_PAD 1u
 #define PREVIOUS_CRC_OFFSET 56u
 #define HEADER_CRC_OFFSET 60u
 
@@ -89,11 +88,10 @@ static void check_words(const struct volume *volume, const struct log_record *re
 {
     const uint64_t *words = record->words;
     uint64_t ring_blocks = volume->config.ring_bytes / VHC_BLOCK;
-    uint32_t extents = (uint32_t)words[WORD_COUNTS], flags = (uint32_t)(words[WORD_COUNTS] >> 32);
-    assert(record->words_count == HEADER_WORDS + extents && words[WORD_CRCS] == 0);
+    assert(record->words_count >= HEADER_WORDS && record->words_count == HEADER_WORDS + (uint32_t)words[WORD_COUNTS] && words[WORD_CRCS] == 0);
     assert(record->offset == RING_OFFSET + words[WORD_ADDRESS] % ring_blocks * VHC_BLOCK);
     assert((uint32_t)words[WORD_BLOCKS] == record->header_blocks);
-    assert(words[WORD_BLOCKS] >> 32 == record->payload_blocks || flags & FLAG_PAD);
+    assert(words[WORD_BLOCKS] >> 32 == record->payload_blocks);
     assert((uint64_t)record->words_count * 8 + (uint64_t)record->payload_blocks * sizeof(uint32_t) <= (uint64_t)record->header_blocks * VHC_BLOCK);
 }
 

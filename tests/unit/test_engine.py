@@ -39,7 +39,7 @@ PATIENCE_S = 20.0
 class Rig:
     """An engine with one volume, and a core that answers what `answers` says: True, or the kinds of request."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, changes: dict[str, Any] | None = None, **options: Any) -> None:
         self.path = folder / "disk.sock"
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(self.path))
@@ -48,7 +48,7 @@ class Rig:
         self.image = os.open(folder / "disk.img", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         os.truncate(self.image, DISK_BYTES)
         self.engine = Engine(poll_max_us=0, **options)
-        self.engine.add_volume(**volume(listen_fd=listener.detach(), backend_fd=self.image))
+        self.engine.add_volume(**volume(listen_fd=listener.detach(), backend_fd=self.image, **(changes or {})))
         self.engine.start_volume(0)
         self.operations: list[int] = []
         self.events: list[tuple[int, int]] = []
@@ -150,6 +150,8 @@ def test_the_cores_numbers_are_the_engines() -> None:
             for name in ("IN1", "OUT1", "IN", "OUT", "COMPLETE", "DROP", "SLOT_COPY", "SLOT_ZERO")
         },
         **{f"VHC_OP_{name}": name for name in ("READ", "WRITE", "READ_DIRECT", "WRITE_DIRECT", "FLUSH", "ZERO")},
+        **{f"VHC_OP_{name}": name for name in ("LOG_WRITE", "LOG_READ", "LOG_READ_DIRECT", "LOG_FLUSH", "SUPERBLOCK")},
+        **{f"VHC_OP_{name}": name for name in ("PUBLISH", "LOG1", "LOG_SEQ", "RETIRE")},
         **{
             f"VHC_REQ_{name}": f"REQUEST_{name}" for name in ("READ", "WRITE", "FLUSH", "DISCARD", "ZERO", "ZERO_UNMAP")
         },
@@ -174,6 +176,13 @@ def test_the_cores_numbers_are_the_engines() -> None:
         {"align_mem_bytes": 3},
         {"align_io_bytes": 0},
         {"write_depth": 0},
+        {"cache_fd": 0},
+        {"cache_fd": 0, "ring_bytes": 4095},
+        {"tier_fd": 0},
+        {"tier_fd": 0, "tier_entries": 10, "tier_entries_offset": 0, "tier_slab_offset": 8192},
+        {"tier_fd": 0, "tier_entries": 171, "tier_entries_offset": 4096, "tier_slab_offset": 8192},
+        {"tier_fd": 0, "tier_entries": 170, "tier_entries_offset": 4096, "tier_slab_offset": 8192},
+        {"request_max_bytes": 2048},
     ],
 )
 def test_a_volume_that_cannot_be_is_refused_with_one_line(changes: dict[str, int]) -> None:

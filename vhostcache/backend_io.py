@@ -89,3 +89,52 @@ class BackendIo:
     def zero_slot(self, slot: int, offset_bytes: int, size_bytes: int) -> None:
         """Zero a part of a slot."""
         self.operations += (op.SLOT_ZERO | self._volume | slot << 32, offset_bytes | size_bytes << 32)
+
+    # --- the log ---
+
+    def publish(self, seq: int, entries: Sequence[int]) -> None:
+        """Entries of the RAM-tier file, extent word and slot in turn, all at once."""
+        self.operations += (op.PUBLISH | self._volume | len(entries) // 2 << 32, seq)
+        self.operations += entries
+
+    def log_seq(self, seq: int) -> None:
+        """What LOG1 publishes from now on belongs to this record."""
+        self.operations += (op.LOG_SEQ | self._volume, seq)
+
+    def retire(self, entries: int) -> None:
+        """The first so many entries of the RAM-tier file are durable in the log."""
+        self.operations += (op.RETIRE | self._volume, entries)
+
+    def log_write(
+        self, group: int, offset_bytes: int, headers: Sequence[int], words: Sequence[int], slots: Sequence[int]
+    ) -> None:
+        """Compose a record in its one or two header slots and write it. Without words: write the same again."""
+        repeat = 0 if words else 1 << 32
+        header = headers[0] | (headers[1] << 32 if len(headers) > 1 else 0)
+        self.operations += (
+            op.LOG_WRITE | self._volume | len(slots) << 32,
+            group | repeat,
+            offset_bytes,
+            header,
+            len(words),
+        )
+        self.operations += words
+        self.operations += slots
+
+    def log_read(self, group: int, offset_bytes: int, slots: Sequence[int]) -> None:
+        """Blocks of the log, which lie in a row, to slots; verified."""
+        self.operations += (op.LOG_READ | self._volume | len(slots) << 32, group, offset_bytes)
+        self.operations += slots
+
+    def log_read_direct(self, group: int, tag: int, payload_bytes: int, offset_bytes: int, size_bytes: int) -> None:
+        """Whole blocks of the log to guest memory, `payload_bytes` into the request's payload; verified."""
+        self.operations += (op.LOG_READ_DIRECT | tag << 8, group | payload_bytes << 32, offset_bytes, size_bytes)
+
+    def log_flush(self, group: int) -> None:
+        """fdatasync of the cache file: covers what was reported as written before."""
+        self.operations += (op.LOG_FLUSH | self._volume, group)
+
+    def superblock(self, group: int, offset_bytes: int, words: Sequence[int]) -> None:
+        """Write a superblock, given as 64-bit words without the trailing zeroes."""
+        self.operations += (op.SUPERBLOCK | self._volume | len(words) << 32, group, offset_bytes)
+        self.operations += words

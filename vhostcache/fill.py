@@ -17,6 +17,10 @@ from vhostcache.readcache import ReadCache
 NOBODY: Final = -1
 
 
+def _nobody(address: int) -> None:
+    pass
+
+
 class ReadJob:
     """A guest's read that is put together from several parts."""
 
@@ -33,12 +37,14 @@ class ReadJob:
 class Fill:
     """One read of neighbouring blocks into slots, and who waits for it."""
 
-    __slots__ = ("_fills", "first", "readers", "retries", "slots", "tag")
+    __slots__ = ("_fills", "address", "first", "readers", "retries", "slots", "tag")
 
     def __init__(self, fills: "Fills", first: int, slots: list[int]) -> None:
         self._fills = fills
         self.first = first
         self.slots = slots
+        self.address = 0
+        """Where in the log it is read from; 0: from the backend."""
         self.tag = NOBODY
         """A read of exactly the fill's one block: the usual miss, answered in one word."""
         self.readers: list[tuple[ReadJob, int, int, int]] = []
@@ -53,7 +59,18 @@ class Fill:
 class Fills:
     """All fills of a volume. `part_done(job, ok)` and `retry(request)` are told what waited."""
 
-    __slots__ = ("_cache", "_io", "_map", "_part_done", "_retry", "_size_bytes", "by_block", "counters", "running")
+    __slots__ = (
+        "_cache",
+        "_io",
+        "_map",
+        "_part_done",
+        "_retry",
+        "_size_bytes",
+        "by_block",
+        "counters",
+        "log_done",
+        "running",
+    )
 
     def __init__(
         self,
@@ -72,19 +89,32 @@ class Fills:
         self._retry = retry
         self.by_block: dict[int, Fill] = {}
         self.running: dict[Fill, None] = {}
+        self.log_done: Callable[[int], None] = _nobody
         self.counters = {"fills": 0, "blocks_filled": 0, "fills_poisoned": 0}
 
     def begin(self, first: int, slots: list[int]) -> Fill:
         """Read blocks from `first` on, absent from the map and from `by_block`, into slots just taken."""
+        fill = self._begin(first, slots)
+        offset = first * op.BLOCK_BYTES
+        size = min(len(slots) * op.BLOCK_BYTES, self._size_bytes - offset)
+        self._io.read(self._io.begin(fill), offset, size, slots)
+        return fill
+
+    def begin_log(self, first: int, slots: list[int], address: int, offset_bytes: int) -> Fill:
+        """The same from the log, where the blocks lie in a row from `address` on, `offset_bytes` into the cache file.
+        `log_done(address)` is told when they have been read."""
+        fill = self._begin(first, slots)
+        fill.address = address
+        self._io.log_read(self._io.begin(fill), offset_bytes, slots)
+        return fill
+
+    def _begin(self, first: int, slots: list[int]) -> Fill:
         fill = Fill(self, first, slots)
         self.running[fill] = None
         state, by_block = self._map.state, self.by_block
         for block, slot in enumerate(slots, first):
             state[slot] = FILLING
             by_block[block] = fill
-        offset = first * op.BLOCK_BYTES
-        size = min(len(slots) * op.BLOCK_BYTES, self._size_bytes - offset)
-        self._io.read(self._io.begin(fill), offset, size, slots)
         return fill
 
     def poison(self, block: int) -> None:
@@ -101,6 +131,8 @@ class Fills:
     def ended(self, fill: Fill, result: int) -> None:
         """The read has ended: install what is still wanted, serve the readers, then execute parked requests again."""
         del self.running[fill]
+        if fill.address:
+            self.log_done(fill.address)
         self.counters["fills"] += 1
         block_map, by_block = self._map, self.by_block
         for block, slot in enumerate(fill.slots, fill.first):

@@ -252,10 +252,12 @@ class GuestRequests:
 class DirectRead:
     """A part of a request that the backend reads into guest memory."""
 
-    __slots__ = ("_owner", "job")
+    __slots__ = ("_owner", "address", "job")
 
     def __init__(self, owner: "GuestRequests", job: ReadJob) -> None:
         self._owner = owner
+        self.address = 0
+        """Where in the log; 0: on the backend."""
         self.job = job
 
     def io_done(self, result: int) -> None:

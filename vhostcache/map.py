@@ -29,6 +29,8 @@ ORPHAN: Final = 5
 WRITTEN: Final = 6
 """Written to the backend but not yet flushed there: may be overwritten, not evicted. 6 and 7, by the parity of the
 backend flush that will cover it: with one flush running and one to come, a parity tells them apart."""
+PINNED: Final = 8
+"""With a log: clean, and a destage is writing it to the backend. Without one this is WRITING."""
 
 BOOKKEEPING_BYTES: Final = 256
 

@@ -1,0 +1,466 @@
+"""Destaging from the log: an object's dirty blocks to the backend, backend flushes, and what is clean after them.
+
+Owns the staging slots, the objects being written and those written but not flushed. Invariants:
+- only what is durable in the log is destaged: an older version than the newest stays behind, and then the object counts
+  as clean only when the newer one is durable;
+- one destage an object at a time, so that an older write can never land on a newer one;
+- an object is clean below the log address at which its destage began only after a backend flush that was issued when
+  all its writes had ended;
+- staging slots are set apart at the start, so destaging never waits for what waits for destaging.
+Sources are clean slots in RAM, pinned meanwhile, and reads of the log. What fails its checksum is not destaged, and
+holds the tail until the guest overwrites it.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from vhostcache import operations as op
+from vhostcache.backend_io import BackendIo
+from vhostcache.log import format as fmt
+from vhostcache.log.index import LogIndex
+from vhostcache.log.writer import INTERNAL, LogWriter
+from vhostcache.map import CLEAN, ORPHAN, PINNED, Map
+from vhostcache.readcache import ReadCache
+
+RETRY_FIRST_NS: Final = 100_000_000
+RETRY_MAX_NS: Final = 5_000_000_000
+EBADMSG: Final = 74
+READ_BLOCKS_MAX: Final = 256
+"""Blocks of one log read."""
+HELD_RETRY_NS: Final = 10_000_000_000
+"""An object with rotten blocks is looked at again so much later."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogDestageSettings:
+    """When and how much to destage."""
+
+    size_bytes: int
+    """Of the volume: the last block may be a part of one."""
+    object_blocks: int
+    destage_after_ns: int
+    """Objects that have been dirty for so long are destaged."""
+    threshold_blocks: int
+    """More log than this between the clean address and the head is destaged without waiting for its age."""
+    staging_blocks: int
+    """Slots set apart."""
+    enabled: bool = True
+    """False: nothing is destaged but for want of room, and to drain."""
+    objects_max: int = 8
+    flush_objects: int = 32
+    """Written objects that are worth a backend flush of their own."""
+
+
+class LogDestage:
+    """One object on its way."""
+
+    __slots__ = (
+        "_destager",
+        "address",
+        "again",
+        "blocks",
+        "need_seq",
+        "number",
+        "pinned",
+        "reading",
+        "rotten",
+        "slots",
+        "staged",
+        "zeroes",
+    )
+
+    def __init__(self, destager: "LogDestager", number: int, address: int) -> None:
+        self._destager = destager
+        self.number = number
+        self.address = address
+        """Everything below it is on the backend when this has ended well."""
+        self.need_seq = 0
+        """This record has to be durable before: it has the newer version of a block that was left behind."""
+        self.blocks: list[int] = []
+        self.slots: list[int] = []
+        self.zeroes: list[tuple[int, int]] = []
+        """Runs of blocks (first, end)."""
+        self.pinned: list[int] = []
+        self.staged: list[int] = []
+        self.reading: list[int] = []
+        """Log addresses that its reads keep from being reused."""
+        self.rotten = False
+        """Rotten blocks were left out: the object does not become clean."""
+        self.again = False
+        """Something has failed meanwhile: all of it has to be done again."""
+
+    def io_done(self, result: int) -> None:
+        self._destager.written(self, result)
+
+
+class StagingRead:
+    """One read of neighbouring log blocks for a destage."""
+
+    __slots__ = ("_destager", "address", "blocks", "destage", "slots")
+
+    def __init__(
+        self, destager: "LogDestager", destage: LogDestage, address: int, blocks: list[int], slots: list[int]
+    ) -> None:
+        self._destager = destager
+        self.destage = destage
+        self.address = address
+        self.blocks = blocks
+        self.slots = slots
+
+    def io_done(self, result: int) -> None:
+        self._destager.staged(self, result)
+
+
+class BackendFlush:
+    """A backend flush, and the destages that it covers."""
+
+    __slots__ = ("_destager", "destages")
+
+    def __init__(self, destager: "LogDestager", destages: list[LogDestage]) -> None:
+        self._destager = destager
+        self.destages = destages
+
+    def io_done(self, result: int) -> None:
+        self._destager.flushed(self, result)
+
+
+class LogDestager:
+    """See the module. `schedule` once a turn."""
+
+    def __init__(
+        self,
+        block_map: Map,
+        cache: ReadCache,
+        io: BackendIo,
+        index: LogIndex,
+        writer: LogWriter,
+        settings: LogDestageSettings,
+        notices: list[tuple[str, dict[str, object]]],
+    ) -> None:
+        self._map = block_map
+        self._cache = cache
+        self._io = io
+        self._index = index
+        self._writer = writer
+        self._settings = settings
+        self.notices = notices
+        self._staging = block_map.take(settings.staging_blocks)
+        for slot in self._staging:
+            block_map.state[slot] = ORPHAN
+        self.in_flight: dict[int, LogDestage] = {}
+        self._reads: dict[int, int] = {}
+        """Object -> its staging reads in flight."""
+        self._written: list[LogDestage] = []
+        self._flushing: BackendFlush | None = None
+        self._flushed: list[LogDestage] = []
+        """Flushed, but a newer version of something is not durable yet."""
+        self._held: dict[int, int] = {}
+        """Objects with rotten blocks -> when to look again."""
+        self.rotten: set[int] = set()
+        """Blocks whose log copy fails its checksum."""
+        self.draining = False
+        self.stopped = False
+        """Nothing new is started."""
+        self._failing: set[int] = set()
+        self._retry_ns = 0
+        self._retry_at_ns = 0
+        self.now_ns = 0
+        self.counters = {"destages": 0, "blocks_destaged": 0, "flushes_performed": 0, "backend_failures": 0}
+
+    @property
+    def settled(self) -> bool:
+        """Nothing is dirty or on its way."""
+        return not (self._index.dirty or self.busy)
+
+    @property
+    def busy(self) -> bool:
+        """Anything is on its way."""
+        return bool(self.in_flight or self._written or self._flushing or self._flushed)
+
+    # --- what, when ---
+
+    def schedule(self, now_ns: int) -> int:
+        """Start what is to be started; returns the time at which to look again, in ns."""
+        self.now_ns = now_ns
+        if self._flushed:
+            self._finish(self._flushed)
+        if now_ns < self._retry_at_ns:
+            return self._retry_at_ns
+        deadline_ns = op.NEVER
+        if self._index.dirty and not self.stopped:
+            deadline_ns = self._start_due()
+        if self._written and self._flushing is None and self._flush_is_due():
+            self._start_flush()
+        return deadline_ns
+
+    def _crowded(self) -> bool:
+        return (
+            self._writer.head - self._index.clean_below(self._writer.durable_address) > self._settings.threshold_blocks
+        )
+
+    def _start_due(self) -> int:
+        settings = self._settings
+        pressed = self.draining or self._writer.space_wanted or (settings.enabled and self._crowded())
+        if pressed:
+            for number in list(_first(self._index.dirty, 4 * settings.objects_max)):
+                if len(self.in_flight) >= settings.objects_max:
+                    break
+                if not self._start(number):
+                    break
+            if self._index.dirty and not self.busy:
+                return self.now_ns + RETRY_FIRST_NS
+            return op.NEVER
+        if not settings.enabled:
+            return op.NEVER
+        since = self._index.since_ns
+        for number in list(_first(self._index.dirty, settings.objects_max)):
+            due_ns = since[number] + settings.destage_after_ns
+            if self.now_ns < due_ns:
+                return due_ns
+            if len(self.in_flight) >= settings.objects_max or not self._start(number):
+                return op.NEVER
+        return self.now_ns if self._index.dirty and not self.busy else op.NEVER
+
+    def _flush_is_due(self) -> bool:
+        if (
+            self._writer.space_wanted
+            or self.draining
+            or self.stopped
+            or len(self._written) >= self._settings.flush_objects
+        ):
+            return True
+        return not self.in_flight
+
+    # --- one destage ---
+
+    def _start(self, number: int) -> bool:
+        """False: no resources; what does not need to be started now is passed over."""
+        if number in self.in_flight or any(number == d.number for d in self._written + self._flushed):
+            return True
+        if self._flushing is not None and any(number == d.number for d in self._flushing.destages):
+            return True
+        if self._held.get(number, 0) > self.now_ns:
+            return True
+        if self._io.available() <= 64 or self._writer.blocked:
+            return False
+        durable = self._writer.durable_address
+        values, others = self._index.dirty_blocks(number, durable)
+        destage = LogDestage(self, number, durable)
+        if others:
+            destage.need_seq = self._writer.accepted_seq
+        fetch: list[tuple[int, int]] = []
+        for block, value in values:
+            self._choose_source(destage, block, value, fetch)
+        if len(fetch) > len(self._staging):
+            self._unpin(destage)
+            return False
+        if destage.need_seq:
+            self._writer.commit(INTERNAL)
+        self._index.begin_destage(number)
+        self.in_flight[number] = destage
+        self._fetch(destage, fetch)
+        if number not in self._reads:
+            self._write(destage)
+        return True
+
+    def _choose_source(self, destage: LogDestage, block: int, value: int, fetch: list[tuple[int, int]]) -> None:
+        slot = self._map.where.get(block)
+        if slot is not None and self._map.state[slot] not in (CLEAN, PINNED):
+            destage.need_seq = self._writer.accepted_seq  # a newer version is on its way into the log
+        elif value & 1:
+            if destage.zeroes and destage.zeroes[-1][1] == block:
+                destage.zeroes[-1] = (destage.zeroes[-1][0], block + 1)
+            else:
+                destage.zeroes.append((block, block + 1))
+        elif slot is not None and self._map.state[slot] == CLEAN:
+            self._map.state[slot] = PINNED
+            destage.pinned.append(slot)
+            destage.blocks.append(block)
+            destage.slots.append(slot)
+        elif block in self.rotten:
+            destage.rotten = True
+        else:
+            fetch.append((block, value >> 1))
+
+    def _unpin(self, destage: LogDestage) -> None:
+        state = self._map.state
+        for slot in destage.pinned:
+            if state[slot] == PINNED:
+                state[slot] = CLEAN
+                self._cache.admit(slot)
+            else:
+                assert state[slot] == ORPHAN
+                self._map.release(slot)
+        destage.pinned = []
+
+    def _fetch(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
+        """Read from the log, neighbours at once."""
+        if not fetch:
+            return
+        writer = self._writer
+        oldest = min(address for _, address in fetch)
+        destage.reading.append(oldest)
+        writer.reading[oldest] = writer.reading.get(oldest, 0) + 1
+        fetch.sort(key=lambda pair: pair[1])
+        reads = 0
+        start = 0
+        while start < len(fetch):
+            end = start + 1
+            first = fetch[start][1]
+            while end < len(fetch) and fetch[end][1] - first == end - start and end - start < READ_BLOCKS_MAX:
+                if fetch[end][1] % writer.ring_blocks == 0:
+                    break
+                end += 1
+            blocks = [block for block, _ in fetch[start:end]]
+            slots = self._staging[-len(blocks) :]
+            del self._staging[-len(blocks) :]
+            destage.staged += slots
+            read = StagingRead(self, destage, first, blocks, slots)
+            self._io.log_read(self._io.begin(read), fmt.offset_bytes(first, writer.ring_blocks), slots)
+            reads += 1
+            start = end
+        self._reads[destage.number] = reads
+
+    def staged(self, read: StagingRead, result: int) -> None:
+        """Some of the log has been read for a destage."""
+        destage = read.destage
+        if result == 0:
+            destage.blocks += read.blocks
+            destage.slots += read.slots
+        elif result == -EBADMSG and len(read.blocks) > 1:
+            # One by one, to leave out only what is rotten.
+            for i, block in enumerate(read.blocks):
+                one = StagingRead(self, destage, read.address + i, [block], [read.slots[i]])
+                offset = fmt.offset_bytes(read.address + i, self._writer.ring_blocks)
+                self._io.log_read(self._io.begin(one), offset, one.slots)
+            self._reads[destage.number] += len(read.blocks)
+        else:
+            if result == -EBADMSG:
+                destage.rotten = True
+                self.rotten.update(read.blocks)
+                self.notices.append(
+                    ("log-corrupt", {"block": read.blocks[0], "offset": read.blocks[0] * op.BLOCK_BYTES})
+                )
+            else:
+                destage.again = True
+                self._writer.device_failed("read", result)
+        self._reads[destage.number] -= 1
+        if not self._reads[destage.number]:
+            del self._reads[destage.number]
+            self._release_reading(destage)
+            self._write(destage)
+
+    def _release_reading(self, destage: LogDestage) -> None:
+        reading = self._writer.reading
+        for address in destage.reading:
+            reading[address] -= 1
+            if not reading[address]:
+                del reading[address]
+        destage.reading = []
+
+    def _write(self, destage: LogDestage) -> None:
+        """All sources are there: to the backend."""
+        if not (destage.blocks or destage.zeroes):
+            self._end_write(destage)
+            self._written.append(destage)
+            return
+        group = self._io.begin(destage)
+        size_bytes = self._settings.size_bytes
+        order = sorted(range(len(destage.blocks)), key=destage.blocks.__getitem__)
+        blocks = [destage.blocks[i] for i in order]
+        slots = [destage.slots[i] for i in order]
+        start = 0
+        while start < len(blocks):
+            end = start + 1
+            while end < len(blocks) and blocks[end] - blocks[start] == end - start:
+                end += 1
+            offset = blocks[start] * op.BLOCK_BYTES
+            self._io.write(group, offset, min((end - start) * op.BLOCK_BYTES, size_bytes - offset), slots[start:end])
+            start = end
+        for first, stop in destage.zeroes:
+            offset = first * op.BLOCK_BYTES
+            self._io.zero(group, offset, min(stop * op.BLOCK_BYTES, size_bytes) - offset, True)
+
+    def _end_write(self, destage: LogDestage) -> None:
+        self._unpin(destage)
+        self._staging += destage.staged
+        destage.staged = []
+        del self.in_flight[destage.number]
+
+    def written(self, destage: LogDestage, result: int) -> None:
+        """All writes of a destage have ended."""
+        self._end_write(destage)
+        self.counters["destages"] += 1
+        if result < 0:
+            self._index.restore(destage.number, self.now_ns)
+            self._failed(destage.number, "write", result)
+            return
+        self._succeeded(destage.number)
+        self.counters["blocks_destaged"] += len(destage.blocks)
+        self._written.append(destage)
+
+    # --- backend flushes ---
+
+    def _start_flush(self) -> None:
+        self._flushing = BackendFlush(self, self._written)
+        self._written = []
+        self.counters["flushes_performed"] += 1
+        self._io.flush(self._io.begin(self._flushing))
+
+    def flushed(self, flush: BackendFlush, result: int) -> None:
+        """A backend flush has ended. After a failure nothing is assumed, of what was written meanwhile neither."""
+        self._flushing = None
+        if result < 0:
+            for destage in flush.destages + self._written:
+                self._index.restore(destage.number, self.now_ns)
+            self._written = []
+            for destage in self.in_flight.values():
+                destage.again = True
+            self._failed(FLUSH, "flush", result)
+            return
+        self._succeeded(FLUSH)
+        self._finish(flush.destages)
+
+    def _finish(self, destages: list[LogDestage]) -> None:
+        waiting = []
+        for destage in destages:
+            if destage.need_seq > self._writer.durable_seq:
+                waiting.append(destage)
+            elif destage.rotten or destage.again:
+                self._index.restore(destage.number, self.now_ns)
+                if destage.rotten:
+                    self._held[destage.number] = self.now_ns + HELD_RETRY_NS
+            else:
+                self._held.pop(destage.number, None)
+                self._index.destaged(destage.number, destage.address)
+        self._flushed = waiting
+
+    # --- trouble ---
+
+    def _failed(self, what: int, operation: str, result: int) -> None:
+        self.counters["backend_failures"] += 1
+        if not self._failing:
+            self.notices.append(("backend-error", {"operation": operation, "errno": -result}))
+        self._failing.add(what)
+        self._retry_ns = min(max(2 * self._retry_ns, RETRY_FIRST_NS), RETRY_MAX_NS)
+        self._retry_at_ns = self.now_ns + self._retry_ns
+
+    def _succeeded(self, what: int) -> None:
+        if self._failing:
+            self._failing.discard(what)
+            if not self._failing:
+                self._retry_ns = 0
+                self._retry_at_ns = 0
+                self.notices.append(("backend-recovered", {}))
+
+
+FLUSH: Final = -1
+
+
+def _first(numbers: dict[int, int], count: int) -> list[int]:
+    found = []
+    for number in numbers:
+        found.append(number)
+        if len(found) == count:
+            break
+    return found

@@ -1,0 +1,265 @@
+"""The index: the newest durable log address of every block that the log holds.
+
+Object number -> a page of values `address << 1 | is_zero`, one a block, 0 for absent. Addresses only grow, so comparing
+them replaces bookkeeping: a value below the tail is evicted (the backend has it), one below the object's destaged
+address is clean, the larger of two is the newer. A few blocks of an object are kept in a dictionary, many in an array; an
+object that is zero as a whole takes no page. Memory follows the blocks cached: 8 bytes a block in a full page.
+
+Owns also which objects are dirty, in the order in which they became so, and from which address on: the log below the
+oldest of these addresses is clean. It never does I/O and never decides what to destage.
+
+Data enters when its record is durable. Zeroes enter when they are accepted, so that nobody reads what lies beneath them;
+their object becomes dirty when their record is durable, like any other.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+FEW_SHARE: Final = 8
+"""A page becomes an array when more than one block in eight of its object is in it."""
+SWEEP: Final = 256
+"""Objects looked at in one go when pages are freed, about 0.1 ms."""
+
+
+class ObjectIndex:
+    """One object's page. `zero`: a value that holds for every block that has no newer one. Below the address `destaged`
+    it is clean."""
+
+    __slots__ = ("destaged", "few", "newest", "page", "zero")
+
+    def __init__(self, destaged: int) -> None:
+        self.few: dict[int, int] = {}
+        self.page: array[int] | None = None
+        self.zero = 0
+        self.destaged = destaged
+        self.newest = 0
+        """The newest value in the page, or `zero`."""
+
+
+class LogIndex:
+    """All objects. `object_shift`: blocks of an object, as a power of two. Addresses below `tail` are evicted."""
+
+    __slots__ = (
+        "_few_max",
+        "_in_flight",
+        "_mask",
+        "_objects",
+        "_restored",
+        "_shift",
+        "_sweep",
+        "dirty",
+        "since_ns",
+        "tail",
+    )
+
+    def __init__(self, object_shift: int, tail: int) -> None:
+        self._shift = object_shift
+        self._mask = (1 << object_shift) - 1
+        self._few_max = max(1, (1 << object_shift) // FEW_SHARE)
+        self._objects: dict[int, ObjectIndex] = {}
+        self.tail = tail
+        self.dirty: OrderedDict[int, int] = OrderedDict()
+        """Object -> its first dirty address. They ascend."""
+        self.since_ns: dict[int, int] = {}
+        """Object -> when it became dirty."""
+        self._restored: dict[int, int] = {}
+        """Objects in `dirty` whose destage has failed -> first dirty address, out of the order."""
+        self._in_flight: dict[int, int] = {}
+        """Object that is being destaged -> its first dirty address."""
+        self._sweep: Iterator[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self._objects)
+
+    # --- reading ---
+
+    def lookup(self, block: int) -> int:
+        """The block's value, or 0 if only the backend has it."""
+        entry = self._objects.get(block >> self._shift)
+        if entry is None:
+            return 0
+        page = entry.page
+        value = entry.few.get(block & self._mask, 0) if page is None else page[block & self._mask]
+        value = max(value, entry.zero)
+        return value if value >> 1 >= self.tail else 0
+
+    # --- what the log has taken ---
+
+    def _entry(self, number: int, destaged: int = 0) -> ObjectIndex:
+        entry = self._objects.get(number)
+        if entry is None:
+            entry = self._objects[number] = ObjectIndex(destaged)
+        return entry
+
+    def _grow(self, entry: ObjectIndex) -> None:
+        page = array("Q", bytes(8 << self._shift))
+        for offset, value in entry.few.items():
+            page[offset] = value
+        entry.page = page
+        entry.few = {}
+
+    def _touch(self, number: int, address: int, now_ns: int) -> None:
+        if number not in self.dirty:
+            self.dirty[number] = address
+            self.since_ns[number] = now_ns
+
+    def add(self, blocks: Sequence[int], address: int, now_ns: int) -> None:
+        """Blocks in ascending order whose payload is now durable at `address`, `address + 1`, ... They are dirty."""
+        shift, mask = self._shift, self._mask
+        number = -1
+        entry = ObjectIndex(0)
+        for at, block in enumerate(blocks, address):
+            if block >> shift != number:
+                number = block >> shift
+                entry = self._entry(number)
+                self._touch(number, at, now_ns)
+            value = at << 1
+            offset = block & mask
+            page = entry.page
+            if page is not None:
+                if page[offset] < value:
+                    page[offset] = value
+            elif entry.few.get(offset, 0) < value:
+                entry.few[offset] = value
+                if len(entry.few) > self._few_max:
+                    self._grow(entry)
+            if value > entry.newest:
+                entry.newest = value
+
+    def zero(self, first: int, end: int, address: int) -> None:
+        """Blocks `first` .. `end - 1` read as zeroes from now on, by an extent whose header is at `address`."""
+        shift, mask = self._shift, self._mask
+        value = address << 1 | 1
+        for number in range(first >> shift, ((end - 1) >> shift) + 1):
+            entry = self._entry(number)
+            entry.newest = max(entry.newest, value)
+            start, stop = max(first, number << shift), min(end, (number + 1) << shift)
+            if stop - start == mask + 1:
+                entry.zero = max(entry.zero, value)
+                if entry.newest == value:
+                    entry.few = {}
+                    entry.page = None
+                continue
+            if entry.page is None and len(entry.few) + stop - start > self._few_max:
+                self._grow(entry)
+            page: array[int] | dict[int, int] = entry.few if entry.page is None else entry.page
+            for offset in range(start & mask, (start & mask) + stop - start):
+                if entry.page is not None:
+                    page[offset] = max(page[offset], value)
+                else:
+                    page[offset] = max(entry.few.get(offset, 0), value)
+
+    def zero_durable(self, first: int, end: int, address: int, now_ns: int) -> None:
+        """The record of such an extent is durable: its objects are dirty."""
+        for number in range(first >> self._shift, ((end - 1) >> self._shift) + 1):
+            self._entry(number)
+            self._touch(number, address, now_ns)
+
+    def recover(self, first: int, count: int, address: int, clean: int) -> None:
+        """`add` for a run of blocks that recovery has found; below the address `clean` they are clean."""
+        old = min(max(clean - address, 0), count)
+        if old:
+            for number in range(first >> self._shift, ((first + old - 1) >> self._shift) + 1):
+                self._entry(number, clean)
+            known = set(self.dirty)
+            self.add(range(first, first + old), address, 0)
+            for number in range(first >> self._shift, ((first + old - 1) >> self._shift) + 1):
+                if number not in known:
+                    del self.dirty[number], self.since_ns[number]
+        if old < count:
+            for number in range((first + old) >> self._shift, ((first + count - 1) >> self._shift) + 1):
+                self._entry(number, clean)
+            self.add(range(first + old, first + count), address + old, 0)
+
+    def recover_zero(self, first: int, end: int, address: int, clean: int) -> None:
+        """The same for zeroes."""
+        for number in range(first >> self._shift, ((end - 1) >> self._shift) + 1):
+            self._entry(number, clean)
+        self.zero(first, end, address)
+        if address >= clean:
+            self.zero_durable(first, end, address, 0)
+
+    # --- destaging ---
+
+    def begin_destage(self, number: int) -> int:
+        """The object is not dirty any more, but in flight. Returns its first dirty address."""
+        assert number not in self._in_flight
+        first = min(self.dirty.pop(number), self._restored.pop(number, 1 << 62))
+        del self.since_ns[number]
+        self._in_flight[number] = first
+        return first
+
+    def dirty_blocks(self, number: int, durable: int) -> tuple[list[tuple[int, int]], bool]:
+        """The object's dirty blocks in ascending order, each with its value, as far as they lie below the address
+        `durable`; and whether there are others."""
+        entry = self._objects[number]
+        low, high, zero = entry.destaged << 1, durable << 1, entry.zero
+        base = number << self._shift
+        if zero >= low and zero:
+            page = entry.page
+            get = entry.few.get
+            values = [
+                (base + offset, max(zero, get(offset, 0) if page is None else page[offset]))
+                for offset in range(self._mask + 1)
+            ]
+        elif entry.page is not None:
+            values = [(base + offset, value) for offset, value in enumerate(entry.page) if value >= low and value]
+        else:
+            values = [(base + offset, value) for offset, value in sorted(entry.few.items()) if value >= low]
+        below = [pair for pair in values if pair[1] < high]
+        return below, len(below) < len(values)
+
+    def destaged(self, number: int, address: int) -> None:
+        """Everything below `address` in the object is on the backend, and durable there."""
+        del self._in_flight[number]
+        self._objects[number].destaged = address
+
+    def restore(self, number: int, now_ns: int) -> None:
+        """A destage has failed: the object is as dirty as it was."""
+        first = self._in_flight.pop(number)
+        self._restored[number] = min(first, self._restored.get(number, first))
+        if number not in self.dirty:
+            self.dirty[number] = first
+            self.since_ns[number] = now_ns
+        self.dirty.move_to_end(number, last=False)
+
+    def clean_below(self, durable: int) -> int:
+        """The address below which everything is on the backend; `durable` if nothing is dirty."""
+        oldest = durable
+        if self.dirty:
+            # Restored objects stand first, out of order; behind them the order holds.
+            for number in self.dirty:
+                oldest = min(oldest, self.dirty[number])
+                if number not in self._restored:
+                    break
+        return min((oldest, *self._restored.values(), *self._in_flight.values()))
+
+    # --- memory ---
+
+    def sweep(self) -> bool:
+        """Free pages that lie wholly below the tail, some objects at a time; False: done for now."""
+        if self._sweep is None:
+            self._sweep = iter(list(self._objects))
+        tail = self.tail << 1
+        for _ in range(SWEEP):
+            number = next(self._sweep, None)
+            if number is None:
+                self._sweep = None
+                return False
+            entry = self._objects.get(number)
+            if entry and entry.newest < tail and number not in self.dirty and number not in self._in_flight:
+                del self._objects[number]
+        return True
+
+    def dirty_count(self, number: int) -> int:
+        """Dirty blocks of an object, durable or not; for statistics and for choosing what to destage."""
+        entry = self._objects.get(number)
+        if entry is None:
+            return 0
+        low = entry.destaged << 1
+        if entry.zero >= low and entry.zero:
+            return self._mask + 1
+        values = entry.few.values() if entry.page is None else entry.page
+        return sum(1 for value in values if value >= low and value)

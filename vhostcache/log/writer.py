@@ -1,0 +1,520 @@
+"""The writer: records, and the group commits that make them durable.
+
+Owns the open record, the records that are not durable yet, and the only fdatasync that may run. Invariants:
+- a slot in a record never changes: whoever overwrites the block takes another slot, in the open record in the place of
+  the first one, else in a later record;
+- a record is sealed (given to the engine) once, and its slots and its entries in the RAM-tier file are kept until a
+  fdatasync that was issued after all records up to it had been written has succeeded. Then its blocks enter the index;
+- at most one fdatasync runs and one waits, for any number of flushes;
+- after a failed write or fdatasync nothing is assumed: what is not durable is written again first, and until that has
+  succeeded `blocked` keeps anything new from being acknowledged.
+Room for the whole open record, and for the padding before it, is in the ring before anything is put into it. It never
+decides what a request means, and never touches the backend.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from vhostcache import operations as op
+from vhostcache.backend_io import BackendIo
+from vhostcache.log import format as fmt
+from vhostcache.log.index import LogIndex
+from vhostcache.map import CLEAN, DIRTY, ORPHAN, WRITING, Map
+from vhostcache.readcache import ReadCache
+
+RETRY_FIRST_NS: Final = 100_000_000
+RETRY_MAX_NS: Final = 5_000_000_000
+ZEROES_MAX: Final = 64
+"""Extents of zeroes in a record: with 256 data extents and as many checksums they fit one header block."""
+INTERNAL: Final = -1
+
+
+class Record:
+    """One append. `slots`: block -> slot; open, until it is sealed."""
+
+    __slots__ = (
+        "_writer",
+        "address",
+        "again",
+        "blocks",
+        "entries_end",
+        "header_blocks",
+        "headers",
+        "limit",
+        "payload",
+        "running",
+        "seq",
+        "since_ns",
+        "slots",
+        "written",
+        "zeroes",
+    )
+
+    def __init__(self, writer: "LogWriter", seq: int, address: int, headers: list[int], limit: int) -> None:
+        self._writer = writer
+        self.seq = seq
+        self.address = address
+        self.headers = headers
+        self.header_blocks = len(headers)
+        self.limit = limit
+        """Payload blocks that it may take."""
+        self.slots: dict[int, int] = {}
+        self.zeroes: list[int] = []
+        """Extent words of zeroes, discards and padding."""
+        self.since_ns = 0
+        """When the first request came into it."""
+        self.blocks: list[int] = []
+        """When sealed: its blocks in ascending order, and their slots."""
+        self.payload: list[int] = []
+        self.entries_end = 0
+        self.running = False
+        self.written = False
+        self.again = False
+        """A fdatasync has failed while it was being written."""
+
+    @property
+    def end(self) -> int:
+        """The log address behind it."""
+        return self.address + self.header_blocks + len(self.payload)
+
+    def io_done(self, result: int) -> None:
+        self._writer.record_written(self, result)
+
+
+class LogFlush:
+    """A fdatasync of the cache file: it covers records up to `seq`, and those who wait for one."""
+
+    __slots__ = ("_writer", "failures", "seq", "waiters")
+
+    def __init__(self, writer: "LogWriter", seq: int, waiters: list[Callable[[int], None]]) -> None:
+        self._writer = writer
+        self.seq = seq
+        self.waiters = waiters
+
+    def io_done(self, result: int) -> None:
+        self._writer.flushed(self, result)
+
+
+class LogWriter:
+    """See the module. `magic`, `epoch`: as in every header. `tail`: where the ring begins to be in use."""
+
+    def __init__(
+        self,
+        block_map: Map,
+        cache: ReadCache,
+        io: BackendIo,
+        index: LogIndex,
+        notices: list[tuple[str, dict[str, object]]],
+        *,
+        magic: int,
+        epoch: int,
+        ring_blocks: int,
+        head: int,
+        tail: int,
+        next_seq: int,
+        record_blocks: int,
+        entries_max: int,
+        volatile_max: int,
+        sync_interval_ns: int,
+        flush_window_ns: int,
+    ) -> None:
+        assert ring_blocks >= 4 * (record_blocks + 2)
+        self._map = block_map
+        self._cache = cache
+        self._io = io
+        self._index = index
+        self.notices = notices
+        self._magic = magic
+        self._epoch = epoch
+        self.ring_blocks = ring_blocks
+        self.head = head
+        """Where the next record will be, unless padding goes before it."""
+        self.free_below = tail + ring_blocks
+        """Addresses below this may be written: the tail of both durable superblocks is a ring away."""
+        self.reading: dict[int, int] = {}
+        """Log address -> reads of records from there on that are in flight."""
+        self.next_seq = next_seq
+        self.record_blocks = record_blocks
+        self._entries_max = entries_max
+        self._volatile_max = volatile_max
+        self._sync_interval_ns = sync_interval_ns
+        self._flush_window_ns = flush_window_ns
+        self.open: Record | None = None
+        self._records: deque[Record] = deque()
+        """Sealed and not durable, in order."""
+        self._sealed_blocks = 0
+        self._written_seq = next_seq - 1
+        """All records up to this one have been written."""
+        self.durable_seq = next_seq - 1
+        self.durable_address = head
+        self.published = 0
+        """Entries published in the RAM-tier file, ever; and of these, retired."""
+        self._retired = 0
+        self._next_tags: list[int] = []
+        self._next_since_ns = op.NEVER
+        self._commit_tags: list[int] = []
+        self._commit_seq = 0
+        self._committing = False
+        self._sync_waiters: list[Callable[[int], None]] = []
+        self._flush: LogFlush | None = None
+        self.completed: list[int] = []
+        """Tags whose commit has succeeded, for the owner to complete."""
+        self.became_durable = False
+        self.blocked = False
+        """The cache device is in trouble: nothing new may be acknowledged."""
+        self._retry_ns = 0
+        self._retry_at_ns = 0
+        self._to_repeat: list[Record] = []
+        self.space_wanted = False
+        """A record did not find room in the ring."""
+        self.records_made: deque[tuple[int, int]] = deque()
+        """(address, seq) of the records in the ring, for the tail."""
+        self.now_ns = 0
+        self.counters = {
+            "log_records": 0,
+            "log_payload_blocks": 0,
+            "log_written_blocks": 0,
+            "log_fdatasyncs": 0,
+            "log_failures": 0,
+        }
+
+    # --- putting something into the open record ---
+
+    def take_room(self, blocks: int, zeroes: int, entries: int) -> bool:
+        """See to it that the open record can take a request of so many payload blocks and extents of zeroes, all of it.
+        False: it has to wait; whatever can be done about it has been begun."""
+        if self.blocked or not self.entries_left(entries):
+            return False
+        record = self.open
+        if record is not None:
+            if len(record.slots) + blocks <= record.limit and len(record.zeroes) + zeroes <= ZEROES_MAX:
+                return True
+            self.seal()
+            if self.open is not None:  # empty, and too small for a large request
+                self._give_up_open()
+        return self._open(max(blocks, self.record_blocks))
+
+    def entries_left(self, entries: int) -> bool:
+        """Whether so many entries fit the RAM-tier file; if not, a commit is on its way that makes room."""
+        if self.published - self._retired + entries <= self._entries_max:
+            return True
+        self._want_commit()
+        return False
+
+    def entries_room(self) -> int:
+        """How many entries fit now."""
+        return self._entries_max - (self.published - self._retired)
+
+    @property
+    def accepted_seq(self) -> int:
+        """The last record that anything accepted is in."""
+        record = self.open
+        return self.next_seq if record and (record.slots or record.zeroes) else self.next_seq - 1
+
+    def commit_soon(self) -> None:
+        """Slots or entries are wanted that only a commit gives back."""
+        self._want_commit()
+
+    def _want_commit(self) -> None:
+        if not self._next_tags and not self._committing and not self.settled:
+            self.commit(INTERNAL)
+
+    def _give_up_open(self) -> None:
+        record = self.open
+        assert record is not None
+        for slot in record.headers:
+            self._map.release(slot)
+        self.open = None
+
+    def limit(self) -> int:
+        """Log addresses below this may be used: not what is being read, and not what a crash would need."""
+        if self.reading:
+            return min(self.free_below, min(self.reading) + self.ring_blocks)
+        return self.free_below
+
+    def _take_header(self, count: int) -> list[int]:
+        block_map = self._map
+        missing = count - len(block_map.free)
+        if missing > 0 and self._cache.evict(missing) < missing:
+            return []
+        slots = block_map.take(count)
+        for slot in slots:
+            block_map.state[slot] = ORPHAN
+        return slots
+
+    def _open(self, limit: int) -> bool:
+        header_blocks = 1 if limit <= self.record_blocks else -(-(fmt.HEADER_BYTES + 8 + 4 * limit) // op.BLOCK_BYTES)
+        left = self.ring_blocks - self.head % self.ring_blocks
+        padding = left if left < header_blocks + limit else 0
+        if self.head + padding + header_blocks + limit > self.limit():
+            self.space_wanted = True
+            return False
+        headers = self._take_header(header_blocks + (1 if padding else 0))
+        if not headers:
+            self._want_commit()
+            return False
+        if padding:
+            self._pad(headers.pop(), padding)
+        self.open = Record(self, self.next_seq, self.head, headers, limit)
+        self._io.log_seq(self.next_seq)
+        return True
+
+    def _pad(self, header: int, blocks: int) -> None:
+        record = Record(self, self.next_seq, self.head, [header], 0)
+        if blocks > 1:
+            record.zeroes.append(fmt.extent(0, blocks - 1, fmt.PAD))
+        self._submit(record, fmt.FLAG_PAD)
+        self.head += blocks
+
+    def seal(self) -> None:
+        """Give the open record to the engine, if there is anything in it."""
+        record = self.open
+        if record is None or not (record.slots or record.zeroes):
+            return
+        self.open = None
+        blocks = record.blocks = sorted(record.slots)
+        slots = record.slots
+        payload = record.payload = [slots[block] for block in blocks]
+        state = self._map.state
+        for slot in payload:
+            assert state[slot] == DIRTY
+            state[slot] = WRITING
+        self._sealed_blocks += len(payload)
+        self._submit(record, 0)
+        record.since_ns = record.since_ns or self.now_ns
+        self.head = record.end
+
+    def _submit(self, record: Record, flags: int) -> None:
+        extents = record.zeroes + _runs(record.blocks)
+        words = fmt.header_words(
+            self._magic,
+            self._epoch,
+            record.seq,
+            record.address,
+            record.header_blocks,
+            len(record.payload),
+            extents,
+            self.durable_seq,
+            flags,
+        )
+        record.entries_end = self.published
+        self._records.append(record)
+        self.records_made.append((record.address, record.seq))
+        self.next_seq += 1
+        self.counters["log_records"] += 1
+        self.counters["log_payload_blocks"] += len(record.payload)
+        self._write(record, words)
+
+    def _offset(self, address: int) -> int:
+        return fmt.RING_OFFSET_BYTES + address % self.ring_blocks * op.BLOCK_BYTES
+
+    def _write(self, record: Record, words: list[int]) -> None:
+        record.running = True
+        self.counters["log_written_blocks"] += record.header_blocks + len(record.payload)
+        group = self._io.begin(record)
+        self._io.log_write(group, self._offset(record.address), record.headers, words, record.payload)
+
+    # --- commits ---
+
+    def commit(self, tag: int) -> None:
+        """Complete `tag` (it turns up in `completed`) once everything accepted so far is durable."""
+        if not self._next_tags:
+            self._next_since_ns = self.now_ns
+        self._next_tags.append(tag)
+
+    def sync(self, waiter: Callable[[int], None]) -> None:
+        """Call `waiter(result)` when a fdatasync that is issued from now on has ended."""
+        self._sync_waiters.append(waiter)
+
+    def drop_waiters(self) -> list[int]:
+        """The tags that wait for commits, which forget them."""
+        tags = self._commit_tags + self._next_tags
+        self._commit_tags, self._next_tags = [], []
+        return tags
+
+    @property
+    def settled(self) -> bool:
+        """Everything accepted is durable."""
+        return not (self._records or self._flush or (self.open and (self.open.slots or self.open.zeroes)))
+
+    @property
+    def volatile_blocks(self) -> int:
+        """Blocks accepted that are not durable."""
+        return self._sealed_blocks + (len(self.open.slots) if self.open else 0)
+
+    def _volatile_since_ns(self) -> int:
+        if self._records:
+            return self._records[0].since_ns or self.now_ns
+        record = self.open
+        return record.since_ns if record and (record.slots or record.zeroes) else op.NEVER
+
+    def schedule(self, now_ns: int) -> int:
+        """Once a turn: start what is to be started. Returns the time at which to look again, in ns."""
+        self.now_ns = now_ns
+        deadline_ns = op.NEVER
+        if self.blocked:
+            if now_ns < self._retry_at_ns:
+                return self._retry_at_ns
+            self._repeat()
+        record = self.open
+        if record is not None and not record.since_ns and (record.slots or record.zeroes):
+            record.since_ns = now_ns
+        if not self._committing and not self._next_tags:
+            since_ns = self._volatile_since_ns()
+            if since_ns < op.NEVER:
+                deadline_ns = since_ns + self._sync_interval_ns
+                if now_ns >= deadline_ns or self.volatile_blocks >= self._volatile_max:
+                    self.commit(INTERNAL)
+        if self._next_tags and not self._committing:
+            due_ns = self._next_since_ns + self._flush_window_ns
+            if now_ns >= due_ns:
+                self._begin_commit()
+            else:
+                deadline_ns = min(deadline_ns, due_ns)
+        if self._flush is None and (
+            self._sync_waiters or (self._committing and self._written_seq >= self._commit_seq and not self.blocked)
+        ):
+            self._start_flush()
+        return deadline_ns
+
+    def _begin_commit(self) -> None:
+        self.seal()
+        self._commit_tags, self._next_tags = self._next_tags, []
+        self._commit_seq = self.next_seq - 1
+        if self._commit_seq == self.durable_seq:
+            self._end_commit()
+            return
+        self._committing = True
+
+    def _end_commit(self) -> None:
+        self.completed += [tag for tag in self._commit_tags if tag >= 0]
+        self._commit_tags = []
+        self._committing = False
+
+    def _start_flush(self) -> None:
+        flush = LogFlush(self, self._written_seq, self._sync_waiters)
+        self._sync_waiters = []
+        self._flush = flush
+        self.counters["log_fdatasyncs"] += 1
+        self._io.log_flush(self._io.begin(flush))
+
+    # --- what comes back ---
+
+    def record_written(self, record: Record, result: int) -> None:
+        """A record's write has ended."""
+        record.running = False
+        if result < 0 or record.again:
+            record.again = False
+            self._to_repeat.append(record)
+            if result < 0:
+                self._failed("write", result)
+            return
+        record.written = True
+        first = self._records[0].seq
+        records = self._records
+        at = self._written_seq + 1 - first
+        while at < len(records) and records[at].written:
+            self._written_seq += 1
+            at += 1
+        if self.blocked and not self._to_repeat and self._written_seq == self.next_seq - 1:
+            self._succeeded()
+
+    def flushed(self, flush: LogFlush, result: int) -> None:
+        """The fdatasync has ended."""
+        self._flush = None
+        if result < 0:
+            self._lose()
+            self._failed("flush", result)
+        else:
+            self._make_durable(flush.seq)
+            if self._committing and self.durable_seq >= self._commit_seq:
+                self._end_commit()
+        for waiter in flush.waiters:
+            waiter(result)
+
+    def _make_durable(self, seq: int) -> None:
+        records, state, index = self._records, self._map.state, self._index
+        release, admit = self._map.release, self._cache.admit
+        entries = 0
+        while records and records[0].seq <= seq:
+            record = records.popleft()
+            for word in record.zeroes:
+                block, count, kind = fmt.split_extent(word)
+                if kind != fmt.PAD:
+                    index.zero_durable(block, block + count, record.address, self.now_ns)
+            if record.blocks:
+                index.add(record.blocks, record.address + record.header_blocks, self.now_ns)
+            for slot in record.payload:
+                if state[slot] == WRITING:
+                    state[slot] = CLEAN
+                    admit(slot)
+                else:
+                    assert state[slot] == ORPHAN
+                    release(slot)
+            for slot in record.headers:
+                release(slot)
+            self._sealed_blocks -= len(record.payload)
+            entries = record.entries_end
+            self.durable_seq = record.seq
+            self.durable_address = record.end
+            self.became_durable = True
+        if entries > self._retired:
+            self._retired = entries
+            self._io.retire(entries)
+        if records:
+            self.durable_address = records[0].address
+        elif self.became_durable:
+            self.durable_address = self.head
+
+    def _lose(self) -> None:
+        """A fdatasync has failed: nothing that is not durable counts as written."""
+        self._written_seq = self.durable_seq
+        self._to_repeat = []
+        for record in self._records:
+            record.written = False
+            if record.running:
+                record.again = True
+            else:
+                self._to_repeat.append(record)
+
+    def device_failed(self, operation: str, result: int) -> None:
+        """The cache device has failed in other hands."""
+        self._failed(operation, result)
+
+    def _failed(self, operation: str, result: int) -> None:
+        self.counters["log_failures"] += 1
+        if not self.blocked:
+            self.notices.append(("cache-error", {"operation": operation, "errno": -result}))
+        self.blocked = True
+        self._retry_ns = min(max(2 * self._retry_ns, RETRY_FIRST_NS), RETRY_MAX_NS)
+        self._retry_at_ns = self.now_ns + self._retry_ns
+
+    def _repeat(self) -> None:
+        records, self._to_repeat = self._to_repeat, []
+        for record in records:
+            self._write(record, [])
+        if not records and not any(record.running for record in self._records):
+            self._succeeded()  # nothing was to be repeated: only a fdatasync had failed, of a superblock
+
+    def _succeeded(self) -> None:
+        self.blocked = False
+        self._retry_ns = 0
+        self.notices.append(("cache-recovered", {}))
+
+
+def _runs(blocks: list[int]) -> list[int]:
+    """Data extents for blocks in ascending order."""
+    extents = []
+    start = 0
+    count = len(blocks)
+    if count and blocks[-1] - blocks[0] == count - 1:
+        return [fmt.extent(blocks[0], count, fmt.DATA)]
+    while start < count:
+        end = start + 1
+        first = blocks[start]
+        while end < count and blocks[end] - first == end - start:
+            end += 1
+        extents.append(fmt.extent(first, end - start, fmt.DATA))
+        start = end
+    return extents

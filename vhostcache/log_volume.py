@@ -1,0 +1,668 @@
+"""A volume with a log: what a guest's requests mean when a cache file keeps them.
+
+A change goes to slots of its own, is published in the RAM-tier file, and is acknowledged; the writer appends it to the
+log, the destager takes it from there to the backend, the checkpointer moves the log's tail. A flush waits for the log
+only. Reads find the newest content in RAM, in the log, or on the backend, in this order. It imports neither os, socket,
+threading nor time: engine and clock are handed in.
+
+Invariants:
+- a change is acknowledged when its bytes are in slots that the RAM-tier file names, all of it at once, or, in
+  write-through, when the record it is in is durable;
+- a published slot never changes;
+- a request is never split over two records;
+- what the index names is not reused in the ring while it is being read.
+
+`requests` is the hot path.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from vhostcache import operations as op
+from vhostcache.fill import Fill, ReadJob
+from vhostcache.guest_requests import (
+    STREAM_REQUEST_SECTORS,
+    DirectRead,
+    GuestRequests,
+    Parked,
+    VolumeSettings,
+)
+from vhostcache.log import format as fmt
+from vhostcache.log.checkpoint import Checkpointer
+from vhostcache.log.destage import LogDestager, LogDestageSettings
+from vhostcache.log.index import LogIndex
+from vhostcache.log.recovery import Recovered
+from vhostcache.log.superblock import WRITE_CACHE_OFF, WRITE_CACHE_ON, WRITE_CACHE_UNKNOWN
+from vhostcache.log.writer import LogWriter
+from vhostcache.map import CLEAN, DIRTY, ORPHAN, PINNED, WRITING, Map
+from vhostcache.readcache import HITS_MAX
+
+ZERO_SLOT: Final = 1
+"""A slot of zeroes that is never written."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogVolumeSettings(VolumeSettings):
+    """What the core has to know of a volume with a log, besides."""
+
+    tier_entries: int = 1 << 16
+    """Capacity of the RAM-tier file's ring of entries."""
+    sync_interval_ns: int = 1_000_000_000
+    """Acknowledged data is durable at the latest after this."""
+    flush_window_ns: int = 0
+    """Flushes are gathered for so long."""
+    checkpoint_interval_ns: int = 60_000_000_000
+    destage: bool = True
+    """False: nothing is destaged but for want of room in the log, and to drain."""
+    destage_threshold_percent: int = 50
+    """More dirty log than this part of the ring is destaged without waiting for its age."""
+    record_blocks: int = fmt.RECORD_BLOCKS
+
+
+class LogVolume(GuestRequests):
+    """See the module. `recovered` is what recovery has made of the cache file; the engine has its log ready."""
+
+    def __init__(
+        self, settings: LogVolumeSettings, operations: list[int], recovered: Recovered, groups: int = op.GROUPS
+    ) -> None:
+        block_map = Map(settings.slots, settings.object_bytes // op.BLOCK_BYTES)
+        super().__init__(settings, operations, block_map, groups)
+        self.settings = settings
+        superblock = recovered.superblock
+        ring_blocks = recovered.ring_blocks
+        usable = settings.slots - op.FIRST_SLOT
+        object_blocks = settings.object_bytes // op.BLOCK_BYTES
+        self._index = LogIndex(block_map.object_shift, recovered.tail_address)
+        self._writer = LogWriter(
+            block_map,
+            self._cache,
+            self._io,
+            self._index,
+            self.notices,
+            magic=fmt.record_magic(superblock.uuid),
+            epoch=superblock.epoch,
+            ring_blocks=ring_blocks,
+            head=recovered.head_address,
+            tail=recovered.tail_address,
+            next_seq=recovered.next_seq,
+            record_blocks=settings.record_blocks,
+            entries_max=settings.tier_entries,
+            volatile_max=max(1, usable // 4),
+            sync_interval_ns=settings.sync_interval_ns,
+            flush_window_ns=settings.flush_window_ns,
+        )
+        self._destager = LogDestager(
+            block_map,
+            self._cache,
+            self._io,
+            self._index,
+            self._writer,
+            LogDestageSettings(
+                size_bytes=settings.size_bytes,
+                object_blocks=object_blocks,
+                destage_after_ns=settings.destage_after_ns,
+                threshold_blocks=ring_blocks * settings.destage_threshold_percent // 100,
+                staging_blocks=min(max(object_blocks, usable // 8), usable // 3),
+                enabled=settings.destage,
+            ),
+            self.notices,
+        )
+        self._checkpointer = Checkpointer(
+            self._io, self._writer, self._index, superblock, settings.checkpoint_interval_ns
+        )
+        self._fills.log_done = self._log_read_done
+        self._closing = False
+        self.closed = False
+        self._swept = 0
+        self._load(recovered)
+        self._recall_write_cache(superblock.write_cache)
+
+    def _load(self, recovered: Recovered) -> None:
+        """The index of what the log holds."""
+        index, clean = self._index, recovered.clean_address
+        made = self._writer.records_made
+        for record in recovered.records:
+            made.append((record.address, record.seq))
+            address = record.address + record.header_blocks
+            for word in record.extents:
+                block, count, kind = fmt.split_extent(word)
+                if kind == fmt.DATA:
+                    index.recover(block, count, address, clean)
+                    address += count
+                elif kind != fmt.PAD:
+                    index.recover_zero(block, block + count, record.address, clean)
+
+    def _recall_write_cache(self, state: int) -> None:
+        if state == WRITE_CACHE_OFF:
+            self._guest_write_cache = False
+        elif state == WRITE_CACHE_UNKNOWN:
+            self._write_cache_known = False
+        self._choose_write_through()
+
+    # --- the daemon's calls ---
+
+    def requests(
+        self, what: Sequence[int], tag: Sequence[int], sector: Sequence[int], sectors: Sequence[int], now_ns: int
+    ) -> None:
+        """One turn's requests: four parallel sequences. Answers go to the operation list, now or later."""
+        writer = self._writer
+        self.now_ns = writer.now_ns = now_ns
+        self._quiescing = False
+        if self._room or self._write_through or writer.blocked:
+            for request in zip(what, tag, sector, sectors, strict=True):
+                self._execute((*request, 0))
+            return
+        append = self._operations.append
+        block_map = self._map
+        where, state, free, block_of = block_map.where, block_map.state, block_map.free, block_map.block_of
+        find = where.get
+        hits = self._cache.hits
+        poisonable = self._fills.by_block
+        whole = self._whole_blocks
+        hit_count = 0
+        record = writer.open
+        for kind, name, start, count in zip(what, tag, sector, sectors, strict=True):
+            if count == 8 and not start & 7:
+                block = start >> 3
+                old = find(block)
+                if kind & 255 == 0:  # REQUEST_READ
+                    if old is not None:
+                        hit_count += 1
+                        if hits[old] < HITS_MAX:
+                            hits[old] += 1
+                        append(2 | name << 8 | old << 32)  # OUT1
+                        continue
+                elif kind & 255 == 1 and not self._room:  # REQUEST_WRITE
+                    if block < whole and (
+                        (record is not None and len(record.slots) < record.limit and writer.entries_room() > 0)
+                        or writer.take_room(1, 0, 1)
+                    ):
+                        record = writer.open
+                        assert record is not None
+                        slot = free.pop() if free else self._cache.take_one()
+                        if slot:
+                            old = find(block)  # room may have been made at its cost
+                            if old is None:
+                                if poisonable:
+                                    self._fills.poison(block)
+                            elif state[old] == DIRTY or state[old] == CLEAN:
+                                state[old] = 0
+                                free.append(old)
+                            else:
+                                state[old] = ORPHAN
+                            where[block] = slot
+                            block_of[slot] = block
+                            state[slot] = DIRTY
+                            record.slots[block] = slot
+                            writer.published += 1
+                            append(21 | name << 8 | slot << 32)  # LOG1
+                            continue
+            self._execute((kind, name, start, count, 0))
+            record = writer.open
+        self.hits += hit_count
+
+    def io_done(self, group: int, result: int) -> None:
+        """The engine has reported that a group of I/O operations has ended, or that a request which it was to complete
+        has failed."""
+        if group & op.FAILED_TAG:
+            self._notice_error("read", result)
+            self._complete(group & ~op.FAILED_TAG, op.STATUS_IOERR)
+        else:
+            self._io.done(group, result)
+
+    def tick(self, now_ns: int) -> int:
+        """Once a turn, after everything else: start what can be started. Returns the next deadline in ns."""
+        self.now_ns = now_ns
+        deadline_ns = op.NEVER
+        writer = self._writer
+        writer.now_ns = now_ns
+        if self._parked and self._io.available() >= op.BLOCK_SECTORS:
+            parked, self._parked = self._parked, []
+            for request in parked:
+                self._execute(request)
+        if self._room:
+            self._admit_waiting()
+        if self._draining or self._closing:
+            self._advance_end()
+        if self._swept != self._checkpointer.count:
+            if self._index.sweep():
+                deadline_ns = now_ns
+            else:
+                self._swept = self._checkpointer.count
+        deadline_ns = min(deadline_ns, self._destager.schedule(now_ns))
+        deadline_ns = min(deadline_ns, self._checkpointer.schedule(now_ns), writer.schedule(now_ns))
+        if writer.completed:
+            for tag in writer.completed:
+                self._complete(tag, op.STATUS_OK)
+            writer.completed.clear()
+            deadline_ns = min(deadline_ns, writer.schedule(now_ns))
+        if self._quiescing:
+            self._drop_waiting()
+        return deadline_ns
+
+    def _advance_end(self) -> None:
+        writer, destager, checkpointer = self._writer, self._destager, self._checkpointer
+        if not writer.settled:
+            writer.commit_soon()
+            return
+        if self._draining:
+            destager.draining = True
+            if destager.settled and checkpointer.superblock.clean_address < writer.head and not checkpointer.running:
+                checkpointer.request()
+        if self._closing and not (
+            (self._draining and not destager.settled) or destager.busy or checkpointer.closing or checkpointer.running
+        ):
+            checkpointer.closing = True
+            checkpointer.request(self._closed)
+
+    def _closed(self) -> None:
+        self.closed = True
+
+    def drain(self) -> None:
+        """Begin to destage everything; `drained` says when that has ended."""
+        self._draining = True
+
+    @property
+    def drained(self) -> bool:
+        """Everything accepted is durable on the backend, the superblocks say so, and nothing waits."""
+        return (
+            self._destager.settled
+            and self._writer.settled
+            and self._checkpointer.superblock.clean_address >= self._writer.head
+            and not (self._room or self._parked or self._io.in_flight)
+        )
+
+    def close(self) -> None:
+        """Begin to end: commit, wait for what is on its way, mark the log as closed in good order. Then `closed`. There
+        must be no front-end. Dirty data stays in the log."""
+        self._closing = True
+        self._destager.stopped = not self._draining
+
+    def set_write_cache(self, enabled: bool) -> None:
+        """See GuestRequests. The state outlives the process: no front-end sends it again."""
+        super().set_write_cache(enabled)
+        self._keep_write_cache(WRITE_CACHE_ON if self._guest_write_cache else WRITE_CACHE_OFF)
+
+    def write_cache_unknown(self) -> None:
+        """See GuestRequests."""
+        super().write_cache_unknown()
+        self._keep_write_cache(WRITE_CACHE_UNKNOWN)
+
+    def _flush(self, tag: int) -> None:
+        known = self._write_cache_known
+        super()._flush(tag)
+        if not known and self._guest_write_cache:
+            self._keep_write_cache(WRITE_CACHE_ON)
+
+    def _keep_write_cache(self, state: int) -> None:
+        if self._checkpointer.write_cache != state:
+            self._checkpointer.write_cache = state
+            self._checkpointer.request()
+
+    def statistics(self) -> dict[str, int]:
+        """Counters since the start and levels now; blocks are of 4 KiB."""
+        block_map, writer, index = self._map, self._writer, self._index
+        superblock = self._checkpointer.superblock
+        clean = max(superblock.clean_address, index.clean_below(writer.durable_address))
+        return {
+            "hits": self.hits,
+            "misses": self.misses,
+            "flushes_received": self.flushes_received,
+            "dirty_blocks": writer.head - clean + writer.volatile_blocks,
+            "dirty_objects": len(index.dirty) + len(self._destager.in_flight),
+            "cached_blocks": len(block_map.where),
+            "ram_blocks": block_map.slots - op.FIRST_SLOT,
+            "free_blocks": len(block_map.free),
+            "evictions": self._cache.evictions,
+            "room_waits": self.room_waits,
+            "waiting_for_room": len(self._room),
+            "volatile_blocks": writer.volatile_blocks,
+            "log_blocks": writer.ring_blocks,
+            "log_used_blocks": writer.head - superblock.tail_address,
+            "log_head": writer.head,
+            "log_tail": superblock.tail_address,
+            "log_clean": clean,
+            "log_durable": writer.durable_address,
+            "log_durable_seq": writer.durable_seq,
+            "checkpoints": self._checkpointer.count,
+            "rotten_blocks": len(self._destager.rotten),
+            **self._fills.counters,
+            **self._destager.counters,
+            **writer.counters,
+        }
+
+    # --- one request ---
+
+    def _execute(self, request: Parked) -> None:
+        what, tag, sector, sectors, payload = request
+        kind = what & op.REQUEST_KIND_MASK
+        if kind == op.REQUEST_FLUSH:
+            self._flush(tag)
+        elif kind == op.REQUEST_READ:
+            self._read(tag, sector, sectors)
+        elif self._room:
+            self._room.append(request)
+        elif not self._change(what, tag, sector, sectors, payload):
+            self.room_waits += 1
+
+    def _change(self, what: int, tag: int, sector: int, sectors: int, payload: int) -> bool:
+        """A write, discard or write-zeroes; False if it now stands at the end of `_room`."""
+        if what & op.REQUEST_KIND_MASK == op.REQUEST_WRITE:
+            return self._write((what, tag, sector, sectors, payload))
+        return self._zero((what, tag, sector, sectors, payload))
+
+    def _admit_waiting(self) -> None:
+        """Let in those that waited for room, in order, while there is some."""
+        waiting = self._room
+        self._room = type(waiting)()
+        while waiting:
+            if not self._change(*waiting.popleft()):
+                break
+        self._room += waiting
+
+    def _commit(self, tag: int) -> None:
+        self._writer.commit(tag)
+
+    def _drop_commits(self) -> list[int]:
+        return self._writer.drop_waiters()
+
+    def _retry_filled(self, request: Parked, result: int) -> None:
+        if result < 0:
+            self._notice_error("read", result)
+            self._complete(request[1], op.STATUS_IOERR)
+        else:
+            # Ahead of those that wait for room: it came before them, and the block might be evicted again while it
+            # waits.
+            self._change(*request)
+
+    # --- changes ---
+
+    def _missing_base(self, request: Parked, blocks: Sequence[int]) -> bool | None:
+        """Blocks of which only a part is changed need their newest content in RAM, or to be zero. None: they have it.
+        Else the request is parked (True) or waits for room (False)."""
+        for block in blocks:
+            if block in self._map.where:
+                # It must not be evicted while the other one is read.
+                self._cache.hits[self._map.where[block]] = HITS_MAX
+                continue
+            value = self._index.lookup(block)
+            if value & 1:
+                continue
+            fill = self._fills.by_block.get(block)
+            if fill is None:
+                if not self._io.available() or not self._room_for(1):
+                    self._wait(request)
+                    return False
+                fill = self._begin_fill(block, 1, value >> 1)
+            fill.retries.append(request)
+            return True
+        return None
+
+    def _wait(self, request: Parked) -> None:
+        self._room.append(request)
+        self._writer.commit_soon()
+
+    def _take_slots(self, count: int, kept: Sequence[int]) -> list[int]:
+        """Slots for a change, or none; the blocks `kept` are not evicted for them."""
+        block_map = self._map
+        state = block_map.state
+        pinned = [slot for slot in map(block_map.where.get, kept) if slot is not None and state[slot] == CLEAN]
+        for slot in pinned:
+            state[slot] = PINNED
+        enough = self._room_for(count)
+        for slot in pinned:
+            state[slot] = CLEAN
+            self._cache.admit(slot)
+        return block_map.take(count) if enough else []
+
+    def _write(self, request: Parked) -> bool:
+        """False if the request now waits for room."""
+        _, tag, sector, sectors, _ = request
+        end_sector = sector + sectors
+        first, end = sector >> 3, (end_sector + 7) >> 3
+        partial = []
+        if sector & 7:
+            partial.append(first)
+        if end_sector & 7 and end_sector != self._size_sectors and (end - 1 not in partial):
+            partial.append(end - 1)
+        count = end - first
+        if not self._writer.take_room(count, 0, count):
+            self._room.append(request)
+            return False
+        if partial:
+            outcome = self._missing_base(request, partial)
+            if outcome is not None:
+                return outcome
+        slots = self._take_slots(count, partial)
+        if not slots:
+            self._wait(request)
+            return False
+        for block in partial:
+            self._copy_base(block, slots[block - first])
+        entries: list[int] = []
+        for block, slot in enumerate(slots, first):
+            self._place(block, slot)
+            entries += (block | 1 << 40, slot)
+        self._operations += (
+            op.IN | tag << 8 | count << 32,
+            (sectors * op.SECTOR_BYTES) << 32,
+            sector % op.BLOCK_SECTORS * op.SECTOR_BYTES,
+        )
+        self._operations += slots
+        self._publish(entries)
+        self._acknowledge(tag)
+        return True
+
+    def _copy_base(self, block: int, slot: int) -> None:
+        """What the block has now, before a part of it is changed."""
+        old = self._map.where.get(block)
+        if old is None:
+            assert self._index.lookup(block) & 1
+            self._io.zero_slot(slot, 0, op.BLOCK_BYTES)
+        else:
+            self._io.copy_slot(old, slot)
+
+    def _place(self, block: int, slot: int) -> None:
+        """New content in a slot just taken, in the open record."""
+        record = self._writer.open
+        assert record is not None
+        self._replace(block)
+        block_map = self._map
+        block_map.where[block] = slot
+        block_map.block_of[slot] = block
+        block_map.state[slot] = DIRTY
+        record.slots[block] = slot
+
+    def _replace(self, block: int) -> None:
+        """What RAM has of the block is old."""
+        block_map = self._map
+        old = block_map.where.pop(block, None)
+        if old is None:
+            if self._fills.by_block:
+                self._fills.poison(block)
+        elif block_map.state[old] in (DIRTY, CLEAN):
+            block_map.release(old)
+        else:
+            assert block_map.state[old] in (WRITING, PINNED)
+            block_map.state[old] = ORPHAN
+
+    def _publish(self, entries: list[int]) -> None:
+        writer = self._writer
+        assert writer.open is not None
+        writer.published += len(entries) // 2
+        self._io.publish(writer.open.seq, entries)
+
+    def _zero(self, request: Parked) -> bool:
+        """Discard or write zeroes, parts of blocks too; False if the request now waits for room."""
+        what, tag, sector, sectors, _ = request
+        end_sector = sector + sectors
+        first, end = (sector + 7) >> 3, end_sector >> 3
+        if end_sector == self._size_sectors:
+            end = (end_sector + 7) >> 3
+        parts: list[tuple[int, int, int]] = []
+        """Block, first sector in it, sectors."""
+        if sector & 7:
+            parts.append((sector >> 3, sector & 7, min(sectors, -sector % 8)))
+        if end_sector > end << 3 and end_sector >> 3 >= first:
+            parts.append((end_sector >> 3, 0, end_sector & 7))
+        changed = [part[0] for part in parts]
+        writer = self._writer
+        record = writer.open
+        if first < end and record is not None and any(first <= block < end for block in record.slots):
+            writer.seal()  # the extent has its header's address, which is older than that of any payload in the record
+        if not writer.take_room(len(parts), 1, len(parts) + 1):
+            self._room.append(request)
+            return False
+        if changed:
+            outcome = self._missing_base(request, changed)
+            if outcome is not None:
+                return outcome
+        slots = self._take_slots(len(parts), changed) if parts else []
+        if parts and not slots:
+            self._wait(request)
+            return False
+        entries: list[int] = []
+        if first < end:
+            kind = fmt.ZERO if what & op.REQUEST_KIND_MASK == op.REQUEST_ZERO else fmt.DISCARD
+            entries += (self._zero_run(first, end, kind), 0)
+        for (block, at, count), slot in zip(parts, slots, strict=True):
+            self._copy_base(block, slot)
+            self._io.zero_slot(slot, at * op.SECTOR_BYTES, count * op.SECTOR_BYTES)
+            self._place(block, slot)
+            entries += (block | 1 << 40, slot)
+        self._publish(entries)
+        self._acknowledge(tag)
+        return True
+
+    def _zero_run(self, first: int, end: int, kind: int) -> int:
+        """Whole blocks, in the open record. Returns the extent."""
+        record = self._writer.open
+        assert record is not None
+        where = self._map.where
+        if len(where) < end - first:
+            cached = [block for block in where if first <= block < end]
+        else:
+            cached = [block for block in range(first, end) if block in where]
+        for block in cached:
+            self._replace(block)
+        self._fills.poison_range(first, end)
+        self._index.zero(first, end, record.address)
+        word = fmt.extent(first, end - first, kind)
+        record.zeroes.append(word)
+        return word
+
+    # --- reads ---
+
+    def _log_read_begins(self, address: int) -> None:
+        reading = self._writer.reading
+        reading[address] = reading.get(address, 0) + 1
+
+    def _log_read_done(self, address: int) -> None:
+        reading = self._writer.reading
+        reading[address] -= 1
+        if not reading[address]:
+            del reading[address]
+
+    def _begin_fill(self, first: int, count: int, address: int) -> Fill:
+        """Blocks from the log (0: from the backend) to slots, for which there is room."""
+        slots = self._map.take(count)
+        if not address:
+            return self._fills.begin(first, slots)
+        self._log_read_begins(address)
+        offset = fmt.offset_bytes(address, self._writer.ring_blocks)
+        return self._fills.begin_log(first, slots, address, offset)
+
+    def _read(self, tag: int, sector: int, sectors: int) -> None:
+        """Each run of blocks from where it is: RAM, a fill in flight, the log, or the backend."""
+        first, end = sector >> 3, (sector + sectors + 7) >> 3
+        if self._io.available() < end - first + op.BLOCK_SECTORS:
+            self._parked.append((op.REQUEST_READ, tag, sector, sectors, 0))
+            return
+        ragged = bool((sector | sectors) & 7)
+        if ragged and not self._room_for(2):
+            # The log is read in whole blocks, which have to go somewhere.
+            self._parked.append((op.REQUEST_READ, tag, sector, sectors, 0))
+            self._writer.commit_soon()
+            return
+        stream = sectors >= STREAM_REQUEST_SECTORS and self._is_stream(sector, sectors)
+        bypass = stream or sectors >= self._direct_sectors
+        where, by_block, lookup = self._map.where, self._fills.by_block, self._index.lookup
+        job = ReadJob(tag)
+        block = first
+        while block < end:
+            start = block
+            fill = by_block.get(block)
+            if fill is not None:
+                while block < end and by_block.get(block) is fill:
+                    block += 1
+                self._join(job, fill, sector, sectors, start, block)
+                self.misses += block - start
+                continue
+            if block in where:
+                while block < end and block in where:
+                    block += 1
+                self._copy_out(tag, sector, sectors, start, block)
+                self.hits += block - start
+                continue
+            value = lookup(block)
+            block = self._run_end(start, end, value)
+            if ragged and value and not value & 1 and block - start > 1:
+                # The blocks at the ends alone.
+                block = start + 1 if start == first else min(block, max(start + 1, end - 1))
+            if value & 1:
+                payload, size, skip = self._part_bytes(sector, sectors, start, block)
+                self._operations += (op.OUT | tag << 8 | (block - start) << 32, payload | size << 32, skip)
+                self._operations += [ZERO_SLOT] * (block - start)
+                self.hits += block - start
+                continue
+            self.misses += block - start
+            if bypass and not value and start == first and block == end:
+                self._io.read_request(tag, sector * op.SECTOR_BYTES, sectors * op.SECTOR_BYTES)
+                return
+            self._fetch(job, sector, sectors, start, block, value >> 1, bypass)
+        if job.parts == 0:
+            self._complete(tag, op.STATUS_IOERR if job.failed else op.STATUS_OK)
+
+    def _run_end(self, start: int, end: int, value: int) -> int:
+        """How far blocks are where `start` is: all zero, in a row in the log, or on the backend."""
+        where, by_block, lookup = self._map.where, self._fills.by_block, self._index.lookup
+        ring_blocks = self._writer.ring_blocks
+        block = start + 1
+        while block < end and block not in where and block not in by_block:
+            other = lookup(block)
+            if value & 1 or not value:
+                if other & 1 != value & 1 or (not value and other):
+                    break
+            elif other != value + 2 * (block - start) or (other >> 1) % ring_blocks == 0:
+                break
+            block += 1
+        return block
+
+    def _fetch(self, job: ReadJob, sector: int, sectors: int, first: int, end: int, address: int, bypass: bool) -> None:
+        """A run of blocks that only the log (0: the backend) has: through slots, so that they stay, or, if RAM has no
+        room or nothing to gain, directly."""
+        payload, size, skip = self._part_bytes(sector, sectors, first, end)
+        whole = size == (end - first) * op.BLOCK_BYTES
+        wanted = end - first + (1 if whole and (sector | sectors) & 7 else 0)  # leaves one for a ragged end
+        if not (bypass and (whole or not address)) and self._room_for(wanted):
+            self._join(job, self._begin_fill(first, end - first, address), sector, sectors, first, end)
+            return
+        assert whole or not address
+        read = DirectRead(self, job)
+        job.parts += 1
+        job.direct = True
+        self._direct[read] = None
+        if address:
+            self._log_read_begins(address)
+            read.address = address
+            offset = fmt.offset_bytes(address, self._writer.ring_blocks)
+            self._io.log_read_direct(self._io.begin(read), job.tag, payload, offset, size)
+        else:
+            self._io.read_direct(self._io.begin(read), job.tag, payload, first * op.BLOCK_BYTES + skip, size)
+
+    def direct_done(self, read: DirectRead, result: int) -> None:
+        """See GuestRequests."""
+        if read.address:
+            self._log_read_done(read.address)
+        super().direct_done(read, result)

@@ -4,7 +4,8 @@
     ├── UsageError             exit 2: the question was wrong (an option, a configuration key)
     └── OperationError         exit 1: the world says no
         ├── ImageError         the image: missing, locked, of an odd size, shrunk
-        ├── CacheError         a cache file or RAM-tier file: foreign, older, truncated, corrupt, locked
+        ├── CacheError         a cache file or RAM-tier file: foreign, older, truncated, locked
+        │   └── CacheCorruptError  what is in it is not what was written there
         ├── SocketError        a socket path: taken, too long, not permitted
         ├── EngineError        the C engine could not start or take a volume
         └── ControlError       a running daemon could not be asked
@@ -82,6 +83,10 @@ class ImageError(OperationError):
 
 class CacheError(OperationError):
     """The cache file, or the file of the RAM tier, cannot be used as it is."""
+
+
+class CacheCorruptError(CacheError):
+    """What is in the cache file, or in its RAM-tier file, is not what was written there."""
 
 
 class SocketError(OperationError):

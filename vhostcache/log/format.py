@@ -163,7 +163,7 @@ def compose(words: Sequence[int], previous_crc: int, payload: Iterable[bytes]) -
     return bytes(header), crc
 
 
-def header_blocks_in(data: bytes) -> int:
+def header_blocks_in(data: bytes | memoryview) -> int:
     """What the header that begins here says of its own size; anything but 1 and 2 is no header."""
     return int.from_bytes(data[32:36], "little")
 

@@ -35,7 +35,7 @@ from vhostcache.log.index import LogIndex
 from vhostcache.log.recovery import Recovered
 from vhostcache.log.superblock import WRITE_CACHE_OFF, WRITE_CACHE_ON, WRITE_CACHE_UNKNOWN
 from vhostcache.log.writer import LogWriter
-from vhostcache.map import CLEAN, DIRTY, ORPHAN, PINNED, WRITING, Map
+from vhostcache.map import CLEAN, DIRTY, FREE, ORPHAN, PINNED, WRITING, Map
 from vhostcache.readcache import HITS_MAX
 
 ZERO_SLOT: Final = 1
@@ -173,31 +173,35 @@ class LogVolume(GuestRequests):
                             hits[old] += 1
                         append(2 | name << 8 | old << 32)  # OUT1
                         continue
-                elif kind & 255 == 1 and not self._room:  # REQUEST_WRITE
-                    if block < whole and (
+                elif (
+                    kind & 255 == 1  # REQUEST_WRITE
+                    and block < whole
+                    and not self._room
+                    and (
                         (record is not None and len(record.slots) < record.limit and writer.entries_room() > 0)
                         or writer.take_room(1, 0, 1)
-                    ):
-                        record = writer.open
-                        assert record is not None
-                        slot = free.pop() if free else self._cache.take_one()
-                        if slot:
-                            old = find(block)  # room may have been made at its cost
-                            if old is None:
-                                if poisonable:
-                                    self._fills.poison(block)
-                            elif state[old] == DIRTY or state[old] == CLEAN:
-                                state[old] = 0
-                                free.append(old)
-                            else:
-                                state[old] = ORPHAN
-                            where[block] = slot
-                            block_of[slot] = block
-                            state[slot] = DIRTY
-                            record.slots[block] = slot
-                            writer.published += 1
-                            append(21 | name << 8 | slot << 32)  # LOG1
-                            continue
+                    )
+                ):
+                    record = writer.open
+                    assert record is not None
+                    slot = free.pop() if free else self._cache.take_one()
+                    if slot:
+                        old = find(block)  # room may have been made at its cost
+                        if old is None:
+                            if poisonable:
+                                self._fills.poison(block)
+                        elif state[old] == DIRTY or state[old] == CLEAN:
+                            state[old] = FREE
+                            free.append(old)
+                        else:
+                            state[old] = ORPHAN
+                        where[block] = slot
+                        block_of[slot] = block
+                        state[slot] = DIRTY
+                        record.slots[block] = slot
+                        writer.published += 1
+                        append(21 | name << 8 | slot << 32)  # LOG1
+                        continue
             self._execute((kind, name, start, count, 0))
             record = writer.open
         self.hits += hit_count

@@ -2,14 +2,14 @@
 
 Object number -> a page of values `address << 1 | is_zero`, one a block, 0 for absent. Addresses only grow, so comparing
 them replaces bookkeeping: a value below the tail is evicted (the backend has it), one below the object's destaged
-address is clean, the larger of two is the newer. A few blocks of an object are kept in a dictionary, many in an array; an
-object that is zero as a whole takes no page. Memory follows the blocks cached: 8 bytes a block in a full page.
+address is clean, the larger of two is the newer. A few blocks of an object are kept in a dictionary, many in an array;
+an object that is zero as a whole takes no page. Memory follows the blocks cached: 8 bytes a block in a full page.
 
 Owns also which objects are dirty, in the order in which they became so, and from which address on: the log below the
 oldest of these addresses is clean. It never does I/O and never decides what to destage.
 
-Data enters when its record is durable. Zeroes enter when they are accepted, so that nobody reads what lies beneath them;
-their object becomes dirty when their record is durable, like any other.
+Data enters when its record is durable. Zeroes enter when they are accepted, so that nobody reads what lies beneath
+them; their object becomes dirty when their record is durable, like any other.
 """
 
 from array import array

@@ -128,7 +128,7 @@ void log_write(struct volume *volume, uint32_t group, const struct log_record *r
     assert(record->header_blocks >= 1 && record->header_blocks <= MAX_HEADER_BLOCKS);
     crcs_at(volume, record->offset, blocks);
     for (uint32_t i = 0; i < blocks; i++)
-        assert(record->slots[i] >= VHC_FIRST_SLOT && record->slots[i] < volume->config.slots);
+        assert(record->slots[i] >= (i < record->header_blocks ? VHC_FIRST_SLOT : 1u) && record->slots[i] < volume->config.slots);
     if (repeat)
         assert(!record->words_count);
     else

@@ -220,6 +220,7 @@ class LogVolume(GuestRequests):
         self.now_ns = now_ns
         deadline_ns = op.NEVER
         writer = self._writer
+        blocked = writer.blocked
         writer.now_ns = now_ns
         if self._parked and self._io.available() >= op.BLOCK_SECTORS:
             parked, self._parked = self._parked, []
@@ -241,6 +242,8 @@ class LogVolume(GuestRequests):
                 self._complete(tag, op.STATUS_OK)
             writer.completed.clear()
             deadline_ns = min(deadline_ns, writer.schedule(now_ns))
+        if blocked and not writer.blocked:
+            deadline_ns = now_ns  # the device is well again: everything that waited for it is looked at once more
         if self._quiescing:
             self._drop_waiting()
         return deadline_ns

@@ -419,7 +419,7 @@ class LogDestager:
             self._failed(FLUSH, "flush", result)
             return
         self._succeeded(FLUSH)
-        self._finish(flush.destages)
+        self._finish(self._flushed + flush.destages)
 
     def _finish(self, destages: list[LogDestage]) -> None:
         waiting = []

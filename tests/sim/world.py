@@ -1,0 +1,561 @@
+"""One seed: a guest, the real core and recovery, and a world that fails.
+
+A run is a number of openings of one log. Each opening recovers, lets the guest read the whole disk (the oracle of
+guest.py judges it), works for a while, and ends in the death of the process, a power loss or a clean shutdown, at any
+operation. The last one drains, and the backend is compared. Everything is decided by the seed; sizes are small, so that
+the log wraps, fills, and is checkpointed all the time.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from tests.sim.engine import (
+    BACKEND_READ,
+    BACKEND_SYNC,
+    BACKEND_WRITE,
+    CACHE_READ,
+    CACHE_SYNC,
+    CACHE_WRITE,
+    RING_BLOCK,
+    Engine,
+    Io,
+    Tier,
+)
+from tests.sim.guest import Guest, Wrong
+from tests.sim.medium import BLOCK, SECTOR, ZEROES, Crash, Medium, SyncDisk, blocks_of
+from vhostcache import operations as op
+from vhostcache.errors import OperationError
+from vhostcache.log import recovery
+from vhostcache.log import superblock as superblocks
+from vhostcache.log.recovery import BackendFacts, Recovered
+from vhostcache.log_volume import LogVolume, LogVolumeSettings
+
+MILLISECOND: Final = 1_000_000
+UUID: Final = bytes(range(16))
+BACKEND: Final = BackendFacts(b"image", 1 << 20, 1)
+GROUPS: Final = 160
+"""Fewer than the engine has: running out of them is to happen too."""
+CHANGES: Final = (op.REQUEST_DISCARD, op.REQUEST_ZERO, op.REQUEST_ZERO_UNMAP)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is, how the guest behaves, and what fails how often."""
+
+    blocks: int
+    missing_sectors: int
+    """The volume's last block lacks so many."""
+    object_blocks: int
+    slots: int
+    entries: int
+    record_blocks: int
+    ring_blocks: int
+    fill_blocks: int
+    direct_blocks: int
+    openings: int
+    steps: int
+    burst: int
+    """Requests at once."""
+    depth: int
+    """Requests in flight."""
+    hot_blocks: int
+    """What most requests are about."""
+    whole: float
+    """Share of requests of whole blocks."""
+    writes: float
+    flushes: float
+    acknowledge_durable: bool
+    ignore_flush: bool
+    patience: float
+    """Share of steps in which I/O in flight is left alone."""
+    cache_faults: float
+    backend_faults: float
+    flips: float
+    """Of one bit in the cache file, per restart."""
+    recovery_crashes: float
+    power: float
+    """Share of power losses among the crashes."""
+
+
+def choose_sizes(rng: random.Random) -> Sizes:
+    random_number = rng.random
+
+    def pick(low: int, high: int) -> int:
+        return low + int(random_number() * (high - low + 1))
+
+    blocks = pick(12, 56)
+    trouble = random_number()
+    return Sizes(
+        blocks=blocks,
+        missing_sectors=(0, 0, 3, 7)[pick(0, 3)],
+        object_blocks=(4, 8)[pick(0, 1)],
+        slots=op.FIRST_SLOT + pick(20, 40),
+        entries=pick(24, 64),
+        record_blocks=pick(4, 8),
+        ring_blocks=pick(40, 200) if random_number() < 0.5 else pick(40, 80),
+        fill_blocks=(1, 1, 4)[pick(0, 2)],
+        direct_blocks=(2, 8, 32)[pick(0, 2)],
+        openings=pick(1, 4),
+        steps=pick(10, 90),
+        burst=pick(1, 4),
+        depth=(1, 4, 12, 24)[pick(0, 3)],
+        hot_blocks=min(blocks, pick(2, 24)),
+        whole=random_number(),
+        writes=0.3 + 0.6 * random_number(),
+        flushes=(0.02, 0.1, 0.3)[pick(0, 2)],
+        acknowledge_durable=random_number() < 0.1,
+        ignore_flush=random_number() < 0.04,
+        patience=(0.1, 0.4, 0.8)[pick(0, 2)],
+        cache_faults=(0.02, 0.2)[pick(0, 1)] if 0.5 <= trouble < 0.65 else 0.0,
+        backend_faults=(0.05, 0.4)[pick(0, 1)] if 0.6 <= trouble < 0.8 else 0.0,
+        flips=0.6 if trouble > 0.9 else 0.0,
+        recovery_crashes=(0.0, 0.2, 0.6)[pick(0, 2)],
+        power=(0.3, 0.6, 0.9)[pick(0, 2)],
+    )
+
+
+class World:
+    """One run. `run()` raises when a promise is broken."""
+
+    def __init__(self, seed: int, sizes: Sizes | None = None, trace: bool = False) -> None:
+        self.seed = seed
+        self.trace = trace
+        self.rng = random.Random(seed)
+        self.sizes = sizes or choose_sizes(self.rng)
+        self.states: Counter[str] = Counter()
+        size = self.sizes
+        self.guest = Guest(size.blocks * 8 - size.missing_sectors)
+        self.guest.unsafe = size.ignore_flush
+        self.cache = Medium(RING_BLOCK + size.ring_blocks, self.rng)
+        self.backend = Medium(size.blocks, self.rng)
+        self.tiers: dict[bytes, Tier] = {}
+        """The files on tmpfs, by their uuid."""
+        self.tiers_made = 0
+        self.boot = 1
+        self.now_ns = 1_000_000_000
+        self.engine: Engine
+        self.volume: LogVolume
+        self.fail_at: dict[str, int] = {}
+        """"cache" or "backend" -> operations until one fails; for the tests of every fault point."""
+        self.operations_seen: Counter[str] = Counter()
+        self.guest_died = False
+        self.flipped = 0
+        """Number of a block of the cache file in which a bit has flipped, plus 1."""
+        self.calm = False
+        """Nothing fails for now."""
+        self.outage_until_ns = 0
+        self.closed_cleanly = False
+
+    # --- from beginning to end ---
+
+    def run(self) -> Counter[str]:
+        """All openings; returns the states reached."""
+        self.create()
+        openings = self.sizes.openings
+        for number in range(openings):
+            if not self.open():
+                return self.states
+            last = number == openings - 1
+            try:
+                if not last and self.rng.random() < 0.3:
+                    self.engine.countdown = int(self.rng.random() * 400)
+                self.work(self.sizes.steps)
+                if last:
+                    self.finish()
+                    return self.states
+                if self.rng.random() < 0.25:
+                    self.close()
+            except Crash:
+                self.states["crash between two operations"] += 1
+            self.stop()
+        return self.states
+
+    def note(self, text: str) -> None:
+        """For --trace."""
+        if self.trace:
+            print(f"{self.now_ns / 1e6:12.3f} ms  {text}")
+
+    # --- openings ---
+
+    def boot_id(self) -> bytes:
+        return self.boot.to_bytes(16, "little")
+
+    def create(self) -> None:
+        """A new cache file."""
+        recovery.create(SyncDisk(self.cache), UUID, BACKEND)
+
+    def open(self) -> bool:
+        """Recover, start the core, read everything; False if the log was refused, and rightly so."""
+        self.rot()
+        while True:
+            countdown = 1 + int(self.rng.random() * 8) if self.rng.random() < self.sizes.recovery_crashes else -1
+            disk = SyncDisk(self.cache, countdown)
+            try:
+                recovered, tier = self.recover(disk)
+                break
+            except Crash:
+                self.note(f"crash in recovery at its operation {countdown}")
+                self.states["crash in recovery"] += 1
+                self.stop()
+            except OperationError as error:
+                self.note(f"refused: {error}")
+                return self.refused(error)
+        self.states[f"recovery: {recovered.finding.decision.name.lower()}"] += 1
+        self.note(f"recovered: {recovered.finding.what}, {recovered}")
+        self.start(recovered, tier)
+        return self.judge()
+
+    def recover(self, disk: SyncDisk) -> tuple[Recovered, Tier]:
+        """As the daemon does it: the new RAM-tier file is there before the superblocks name it, the old one goes after
+        that."""
+        live = self.cache.live
+        block = superblocks.newest(superblocks.unpack(live[0]), superblocks.unpack(live[1]))
+        old = self.tiers.get(block.tier_uuid) if block else None
+        self.tiers_made += 1
+        name = self.tiers_made.to_bytes(16, "little")
+        size = self.sizes
+        new = Tier(size.entries, [ZEROES] * size.slots, name, block.epoch + 1 if block else 1)
+        self.tiers[name] = new
+        found = old.found(UUID, self.boot_id()) if old else None
+        recovered = recovery.recover(disk, found, self.boot_id(), BACKEND, tier_uuid=name)
+        self.tiers = {name: new}
+        return recovered, new
+
+    def start(self, recovered: Recovered, tier: Tier) -> None:
+        """A new process: engine and core."""
+        size = self.sizes
+        operations: list[int] = []
+        self.engine = engine = Engine(
+            self.rng, self.guest, self.cache, self.backend, operations, tier, recovered.ring_blocks
+        )
+        engine.trace = self.trace
+        engine.states = self.states
+        engine.record_blocks = size.record_blocks
+        engine.previous_crc = recovered.previous_crc
+        for record in recovered.records:
+            position = (record.address + record.header_blocks) % recovered.ring_blocks
+            engine.crcs[position : position + record.payload_blocks] = record.crcs
+        self.volume = LogVolume(
+            LogVolumeSettings(
+                index=0,
+                size_bytes=self.guest.size_sectors * SECTOR,
+                object_bytes=size.object_blocks * BLOCK,
+                slots=size.slots,
+                tier_entries=size.entries,
+                acknowledge_durable=size.acknowledge_durable,
+                ignore_flush=size.ignore_flush,
+                sync_interval_ns=50 * MILLISECOND,
+                flush_window_ns=0,
+                checkpoint_interval_ns=20 * MILLISECOND,
+                destage_after_ns=5 * MILLISECOND,
+                destage=True,
+                record_blocks=size.record_blocks,
+                fill_bytes=size.fill_blocks * BLOCK,
+                direct_bytes=size.direct_blocks * BLOCK,
+            ),
+            operations,
+            recovered,
+            groups=GROUPS,
+        )
+
+    def judge(self) -> bool:
+        """Read the whole disk: it must be what was promised. Then the front-end submits again what was not answered."""
+        guest = self.guest
+        disk = self.read_everything()
+        floor = guest.answered
+        if self.guest_died and not self.closed_cleanly:
+            floor = guest.floor
+        strict = not self.flipped or (self.closed_cleanly and self.flipped >= RING_BLOCK)
+        count = guest.check(disk, floor if strict else 0)
+        if self.flipped and count < floor:
+            self.states["rot in the newest records, taken for the end"] += 1
+        self.note(f"found {count} of {len(guest.accepted)} accepted changes, {floor} promised")
+        if count < len(guest.accepted):
+            self.states["a power loss lost what was not flushed"] += 1
+        if self.flipped:
+            return False
+        guest.settled(disk, self.guest_died)
+        if self.guest_died:
+            guest.write_through = self.sizes.acknowledge_durable and not self.sizes.ignore_flush
+        self.guest_died = self.closed_cleanly = False
+        self.volume.connected()
+        if guest.homeless and self.rng.random() < 0.5:
+            self.volume.write_cache_unknown()
+        self.resubmit()
+        return True
+
+    def read_everything(self) -> list[bytes | None]:
+        """Through the core, undisturbed; None for what is answered with an error."""
+        guest, engine = self.guest, self.engine
+        step = 1 if self.flipped else 8
+        probes = []
+        self.calm = True
+        guest.park()
+        for block in range(0, guest.blocks, step):
+            sectors = min(8 * step, guest.size_sectors - 8 * block)
+            probes.append(guest.make(op.REQUEST_READ, 8 * block, sectors))
+            guest.probes.add(probes[-1].serial)
+            engine.submit(probes[-1])
+            if len(probes) % 4 == 0:
+                self.until(lambda: not guest.live, "reading everything")
+        self.until(lambda: not guest.live, "reading everything")
+        self.calm = False
+        disk: list[bytes | None] = []
+        for probe in probes:
+            if probe.failed:
+                if not self.flipped:
+                    raise Wrong(f"{probe} fails after recovery")
+                self.states["rot found by a read"] += 1
+                disk.append(None)
+            else:
+                data = bytes(probe.payload)
+                disk += blocks_of(data + bytes(-len(data) % BLOCK))
+        return disk
+
+    def rot(self) -> None:
+        """Perhaps a bit in the cache file flips."""
+        if self.rng.random() >= self.sizes.flips or not self.guest.serial:
+            return
+        block = int(self.rng.random() * (2 + self.sizes.ring_blocks))
+        block = block if block < 2 else RING_BLOCK + block - 2
+        self.note(f"a bit of block {block} flips")
+        self.flipped = block + 1
+        self.guest.errors_allowed = True
+        self.cache.flip(block, int(self.rng.random() * BLOCK * 8))
+        self.states["bit flip"] += 1
+
+    def refused(self, error: OperationError) -> bool:
+        """The log could not be opened: only rot is a reason for that."""
+        if not self.flipped:
+            raise Wrong(f"recovery refuses a cache that is in order: {error}")
+        self.states["rot found by recovery"] += 1
+        return False
+
+    # --- work ---
+
+    def work(self, steps: int) -> None:
+        """Let the guest and the world do what the seed says."""
+        random_number = self.rng.random
+        size, engine, guest, volume = self.sizes, self.engine, self.guest, self.volume
+        for _ in range(steps):
+            choice = random_number()
+            if choice < 0.6:
+                for _ in range(1 + int(random_number() * size.burst)):
+                    if len(guest.live) < size.depth:
+                        self.submit_random()
+            elif choice > 0.985:
+                self.rare()
+            self.advance()
+            engine.turn(volume, self.now_ns)
+            if volume._room:
+                self.states["changes wait for room"] += 1
+            if volume._parked:
+                self.states["parked requests"] += 1
+            if volume._writer.space_wanted:
+                self.states["the log is full"] += 1
+            if volume._writer.entries_room() < 2:
+                self.states["the RAM tier's ring is full"] += 1
+            if random_number() >= size.patience:
+                self.end_some()
+
+    def advance(self) -> None:
+        choice = self.rng.random()
+        if choice < 0.7:
+            self.now_ns += 20_000
+        elif choice < 0.97:
+            self.now_ns += int(3 * MILLISECOND * choice)
+        else:
+            self.now_ns += 400 * MILLISECOND
+
+    def submit_random(self) -> None:
+        size, random_number = self.sizes, self.rng.random
+        choice = random_number()
+        if choice < size.flushes:
+            self.engine.submit(self.guest.make(op.REQUEST_FLUSH))
+            return
+        choice = random_number()
+        if choice < size.writes:
+            kind = op.REQUEST_WRITE if random_number() < 0.88 else CHANGES[int(random_number() * 3)]
+        else:
+            kind = op.REQUEST_READ
+        blocks = size.hot_blocks if random_number() < 0.8 else size.blocks
+        sectors = self.guest.size_sectors
+        if random_number() < size.whole:
+            block = min(int(random_number() * blocks), sectors // 8 - 1)
+            count = min((1, 1, 1, 1, 2, 3, 5, 9)[int(random_number() * 8)], sectors // 8 - block)
+            self.engine.submit(self.guest.make(kind, block * 8, count * 8))
+        else:
+            sector = min(int(random_number() * blocks * 8), sectors - 1)
+            count = min((1, 2, 3, 7, 8, 9, 16, 30)[int(random_number() * 8)], sectors - sector)
+            self.engine.submit(self.guest.make(kind, sector, count))
+
+    def rare(self) -> None:
+        """The guest switches its write cache, the front-end reconnects, the backend is gone for a while."""
+        choice = self.rng.random()
+        if choice < 0.4:
+            on = self.rng.random() < 0.5
+            self.note(f"write cache {'on' if on else 'off'}")
+            self.states["write cache switched"] += 1
+            self.volume.set_write_cache(on)
+            self.guest.write_through = (not on or self.sizes.acknowledge_durable) and not self.sizes.ignore_flush
+            self.engine.deadline_ns = 0
+        elif choice < 0.8:
+            self.reconnect()
+        elif self.sizes.backend_faults:
+            self.states["backend outage"] += 1
+            self.outage_until_ns = self.now_ns + int(self.rng.random() * 2000) * MILLISECOND
+
+    def end_some(self) -> None:
+        """Some of the I/O in flight ends."""
+        random_number, engine = self.rng.random, self.engine
+        for _ in range(1 + int(random_number() * 3)):
+            if not engine.io:
+                return
+            index = int(random_number() * len(engine.io))
+            self.end(index)
+
+    def end(self, index: int) -> None:
+        io = self.engine.io[index]
+        self.engine.end_io(index, self.fails(io))
+
+    def fails(self, io: Io) -> bool:
+        """Whether this I/O is to fail."""
+        if self.calm:
+            return False
+        on_cache = io.kind <= CACHE_SYNC
+        if self.fail_at:
+            name = "cache" if on_cache else "backend"
+            self.operations_seen[name] += 1
+            left = self.fail_at.get(name, -1)
+            if left >= 0:
+                self.fail_at[name] = left - 1
+            failed = left == 0
+        elif on_cache:
+            failed = self.sizes.cache_faults > 0 and self.rng.random() < self.sizes.cache_faults
+        else:
+            failed = self.sizes.backend_faults > 0 and (
+                self.now_ns < self.outage_until_ns or self.rng.random() < self.sizes.backend_faults
+            )
+        if failed:
+            self.guest.errors_allowed = True
+            self.states[_FAILURES[io.kind]] += 1
+        return failed
+
+    # --- the front-end leaves and comes back ---
+
+    def reconnect(self) -> None:
+        """The connection breaks: everything is settled, then the front-end submits again what was not answered."""
+        self.note("reconnect")
+        self.states["reconnect"] += 1
+        self.leave()
+        self.volume.connected()
+        if self.rng.random() < 0.5:
+            self.volume.write_cache_unknown()
+        self.resubmit()
+
+    def leave(self) -> None:
+        engine, volume = self.engine, self.volume
+        volume.quiesce(may_drop=True)
+        engine.deadline_ns = 0
+        engine.execute()
+        engine.forget_incoming()
+        for _ in range(10_000):
+            if not self.guest.live:
+                break
+            if engine.io:
+                self.end(int(self.rng.random() * len(engine.io)))
+            else:
+                self.now_ns = max(self.now_ns, min(engine.deadline_ns, self.now_ns + 100 * MILLISECOND))
+            engine.turn(volume, self.now_ns)
+        if self.guest.live:
+            raise Wrong(f"a dropped connection does not settle: {list(self.guest.live.values())}")
+        volume.disconnected()
+
+    def resubmit(self) -> None:
+        again, self.guest.homeless = self.guest.homeless, []
+        if again:
+            self.states["resubmitted requests"] += 1
+        for request in again:
+            self.engine.submit(request)
+
+    # --- endings ---
+
+    def close(self) -> None:
+        """A clean shutdown: the front-end goes first."""
+        self.note("close")
+        self.leave()
+        self.volume.close()
+        self.engine.deadline_ns = 0
+        self.until(lambda: self.volume.closed, "close")
+        self.states["clean shutdown"] += 1
+        self.closed_cleanly = True
+
+    def finish(self) -> None:
+        """Without faults any more: every request is answered, the log is drained, the backend is right."""
+        self.note("finish")
+        self.engine.countdown = -1
+        self.fail_at = {}
+        self.outage_until_ns = 0
+        self.sizes = replace(self.sizes, cache_faults=0.0, backend_faults=0.0)
+        if self.flipped:
+            return
+        self.until(lambda: not self.guest.live and not self.engine.incoming, "answering")
+        self.volume.drain()
+        self.engine.deadline_ns = 0
+        self.until(lambda: self.volume.drained, "draining")
+        for block, content in enumerate(self.guest.state):
+            versions = self.backend.versions.get(block)
+            durable = versions[0] if versions else self.backend.live[block]
+            if durable != content:
+                raise Wrong(f"after draining, block {block} of the backend is not what the guest wrote")
+        self.states["drained"] += 1
+
+    def until(self, done: Callable[[], bool], what: str) -> None:
+        """Turn until it is done; time goes on only when nothing else does."""
+        engine, volume = self.engine, self.volume
+        for _ in range(20_000):
+            engine.turn(volume, self.now_ns)
+            if engine.io:
+                self.end(int(self.rng.random() * len(engine.io)))
+            elif engine.operations or engine.done:
+                pass
+            elif done():
+                return
+            elif engine.deadline_ns >= op.NEVER:
+                break
+            else:
+                self.now_ns = max(self.now_ns + 1, engine.deadline_ns)
+        raise Wrong(f"{what} does not end: {list(self.guest.live.values())} {volume.statistics()}")
+
+    def stop(self) -> None:
+        """The process is gone, by itself or with the machine."""
+        if hasattr(self, "engine"):
+            self.engine.die()
+        if self.rng.random() < self.sizes.power:
+            self.power_loss()
+        else:
+            self.note("the process dies" if not self.closed_cleanly else "the process ends")
+            self.states["process crash"] += not self.closed_cleanly
+
+    def power_loss(self) -> None:
+        self.note("power loss")
+        self.states["power loss"] += 1
+        mode = int(self.rng.random() * 4)
+        self.cache.power_loss(mode)
+        self.backend.power_loss(int(self.rng.random() * 4) if self.rng.random() < 0.5 else mode)
+        self.tiers = {}
+        self.boot += 1
+        self.guest_died = True
+
+
+_FAILURES: Final = {
+    CACHE_WRITE: "cache write failed",
+    CACHE_READ: "cache read failed",
+    CACHE_SYNC: "cache sync failed",
+    BACKEND_WRITE: "backend write failed",
+    BACKEND_READ: "backend read failed",
+    BACKEND_SYNC: "backend sync failed",
+}

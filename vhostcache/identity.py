@@ -8,7 +8,7 @@ An image says by its mark which cache it belongs to (backend/mark.py). Where the
 systems without extended attributes) the cache remembers the image by its path and size, and an old copy of a cache
 file cannot be told from the real one.
 
-Pure: reads and writes nothing.
+Size and time of the image, and the cache file itself, are judged by log/recovery.py. Pure: reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -19,16 +19,12 @@ from typing import Final
 
 from vhostcache.backend.base import Stamp
 from vhostcache.backend.mark import Mark
-from vhostcache.cachefile import BLOCK_BYTES, HEAD_BYTES
 from vhostcache.cachefile import subject as cache_subject
 from vhostcache.errors import CacheError
+from vhostcache.log.recovery import BackendFacts
 from vhostcache.log.superblock import Superblock
 
 DISCARD: Final = "or give up what only the cache held: --discard-dirty-data"
-
-# The first byte of a superblock's backend identity; what follows is the image's own word for itself.
-_MARKED: Final = b"m"  # the image has carried this cache's mark
-_UNMARKED: Final = b"p"
 
 
 class Action(Enum):
@@ -51,6 +47,7 @@ class Image:
     size_bytes: int
     stamp: Stamp
     mark: Mark | None
+    can_be_marked: bool
 
 
 class RefusedError(CacheError):
@@ -96,29 +93,19 @@ def no_cache_file(path: str) -> RefusedError:
     )
 
 
-def with_cache(image: Image, path: str, size_bytes: int, superblock: Superblock) -> Judgement:
+def with_cache(image: Image, path: str, superblock: Superblock) -> Judgement:
     """What becomes of a cache file that has a superblock. RefusedError: nothing, until somebody decides."""
-    dirty = may_be_dirty(superblock)
     _belongs(image, path, superblock)
-    needed = HEAD_BYTES + superblock.ring_blocks * BLOCK_BYTES
-    if size_bytes < needed:
+    if image.mark is not None and image.mark.uuid != superblock.uuid:
+        return Judgement(Action.COLD, f"{image.subject} has been used with another cache since")
+    if image.mark is None and image.can_be_marked and superblock.epoch > 0:
+        changed = "has lost the mark of its cache: it has been replaced, or used without it"
+        if not may_be_dirty(superblock):
+            return Judgement(Action.COLD, f"{image.subject} {changed}")
         raise RefusedError(
-            cache_subject(path),
-            f"is {size_bytes} bytes large",
-            f"{needed}",
-            "it has been truncated: give it its size back from a copy",
+            image.subject, changed, f"as it was left to '{path}', which has data that is not in it", "restore the image"
         )
-    changed = _change(image, superblock)
-    if not changed:
-        return Judgement(Action.USE)
-    if not dirty:
-        return Judgement(Action.COLD, f"{image.subject} {changed}")
-    raise RefusedError(
-        image.subject,
-        changed,
-        f"as it was left to its cache '{path}', which has data that is not in it",
-        "restore the image",
-    )
+    return Judgement(Action.USE)
 
 
 def may_be_dirty(superblock: Superblock) -> bool:
@@ -126,10 +113,11 @@ def may_be_dirty(superblock: Superblock) -> bool:
     return not (superblock.clean and superblock.clean_address >= superblock.durable_address)
 
 
-def backend_identity(image: Image, uuid: bytes) -> bytes:
-    """For the superblock of the cache with this uuid."""
-    marked = image.mark is not None and image.mark.uuid == uuid
-    return (_MARKED if marked else _UNMARKED) + image.stamp.identity
+def backend_facts(image: Image, superblock: Superblock | None) -> BackendFacts:
+    """For recovery, which compares them: an image with the cache's mark belongs to it wherever it has moved."""
+    marked = superblock is not None and image.mark is not None and image.mark.uuid == superblock.uuid
+    known = superblock.backend_identity if marked and superblock is not None else image.stamp.identity
+    return BackendFacts(known, image.size_bytes, image.stamp.mtime_ns)
 
 
 def _belongs(image: Image, path: str, superblock: Superblock) -> None:
@@ -137,18 +125,19 @@ def _belongs(image: Image, path: str, superblock: Superblock) -> None:
     mark, known = image.mark, superblock.backend_identity
     if mark is None:
         # Its mark may be gone with the file that was replaced at this path: that is a change, not another image.
-        if known[1:] != image.stamp.identity:
+        if known != image.stamp.identity:
             raise _foreign(image, path)
         return
     if mark.uuid != superblock.uuid:
-        if known[1:] != image.stamp.identity:
+        if known != image.stamp.identity:
             raise _foreign(image, path)
+        if not mark.dirty and not may_be_dirty(superblock):
+            return
         raise RefusedError(
             cache_subject(path),
             f"has the uuid {superblock.uuid.hex()}",
             f"{mark.uuid.hex()}, which {image.subject} has been used with since",
             "use that cache file",
-            discardable=mark.dirty or may_be_dirty(superblock),
         )
     if mark.epoch > superblock.epoch:
         raise RefusedError(
@@ -168,14 +157,3 @@ def _foreign(image: Image, path: str) -> RefusedError:
         discardable=False,
     )
 
-
-def _change(image: Image, superblock: Superblock) -> str:
-    """How the image differs from what the cache left behind; empty if it does not."""
-    if superblock.backend_size_bytes != image.size_bytes:
-        return f"has {image.size_bytes} bytes instead of {superblock.backend_size_bytes}"
-    if superblock.backend_identity[:1] == _MARKED and image.mark is None:
-        return "has lost the mark of its cache: it has been replaced, or used without it"
-    left = superblock.backend_mtime_ns if superblock.clean else 0
-    if left and left != image.stamp.mtime_ns:
-        return "has been changed since it was last used with its cache"
-    return ""

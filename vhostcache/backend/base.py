@@ -41,7 +41,7 @@ class Notice:
 class Stamp:
     """By what a cache knows it again, and notices that others have changed it."""
 
-    identity: bytes  # at most 32 bytes
+    identity: bytes  # at most 64 bytes, for people too
     mtime_ns: int  # of its data; 0: nobody can tell
 
 
@@ -64,6 +64,11 @@ class Backend(ABC):
     @abstractmethod
     def stamp(self) -> Stamp:
         """As it is now."""
+
+    @property
+    @abstractmethod
+    def can_be_marked(self) -> bool:
+        """Whether a mark would be kept."""
 
     @abstractmethod
     def read_mark(self) -> Mark | None:

@@ -23,6 +23,7 @@ from vhostcache.backend.mark import Mark
 from vhostcache.errors import ImageError, why
 
 SECTOR_BYTES: Final = 512
+IDENTITY_BYTES: Final = 64
 
 # A killed daemon's last writes may still be on their way, and hold its locks until they have landed.
 LOCK_WAIT_S: Final = 1.0
@@ -112,7 +113,15 @@ class FileBackend(Backend):
         """
         path = os.path.abspath(self._path) if self._is_device else os.path.realpath(self._path)
         mtime_ns = 0 if self._is_device else os.fstat(self._descriptor).st_mtime_ns
-        return Stamp(hashlib.sha256(os.fsencode(path)).digest(), mtime_ns)
+        identity = os.fsencode(path)
+        if len(identity) > IDENTITY_BYTES:
+            digest = hashlib.sha256(identity).hexdigest()[:32].encode()
+            identity = digest + b"..." + identity[len(digest) + 3 - IDENTITY_BYTES :]
+        return Stamp(identity, mtime_ns)
+
+    @property
+    def can_be_marked(self) -> bool:
+        return not self._is_device and mark.is_supported(self._descriptor)
 
     def read_mark(self) -> Mark | None:
         return mark.read(self._descriptor, self.identity)

@@ -47,6 +47,14 @@ class Mark:
         return None
 
 
+def is_supported(descriptor: int) -> bool:
+    try:
+        os.getxattr(descriptor, NAME)
+    except OSError as error:
+        return error.errno == errno.ENODATA
+    return True
+
+
 def read(descriptor: int, subject: str) -> Mark | None:
     """None: it has none, or cannot have one. ImageError: it has one that cannot be understood."""
     try:

@@ -7,7 +7,7 @@ understands:
     open     a new log, if one is due: superblocks, then the image's mark
              a new RAM-tier file, complete; recovery, whose superblocks name it; the old file goes
              the image's mark says the new epoch, and dirty: after that the first request may come
-    close    the superblocks say clean, and how the image was left; the mark says what they say; the RAM-tier file goes
+    close    the superblocks say clean and how the image was left; then the mark says the same; the RAM-tier file goes
 
 A claim that never served anybody is closed like one that did. What has not been closed in good order stays as it is,
 RAM-tier file and all: that is what the next start recovers from.
@@ -108,6 +108,11 @@ class CacheClaim:
         except BaseException:
             self._let_go()
             raise
+
+    @property
+    def is_new(self) -> bool:
+        """The log began with this start: it knows nothing of the guest."""
+        return self._judgement.action is not Action.USE
 
     # Claiming.
 
@@ -234,8 +239,8 @@ class CacheClaim:
             )
         # A newer program's cache is not lost, but for that program.
         if finding.error is not None and (finding.superblock is not None or self._is_our_version()):
-            self._discarded(finding.what)
             self._new_size_bytes()
+            self._judgement = self._discarded(finding.what)
             self._begin_anew()
 
     def _is_our_version(self) -> bool:
@@ -339,15 +344,18 @@ class CacheClaim:
     def _close_log(self, recovered: Recovered) -> None:
         assert self.file is not None
         assert self._folder is not None
-        found = self._superblock() if self.served else dataclasses.replace(recovered.superblock, clean=True)
-        if found is None or not found.clean:
-            return
-        # The mark's fsync makes the image's time durable too, before it is written down.
+        if self.served:
+            found = self._superblock()
+            if found is None or not found.clean:
+                return
+        else:
+            mtime_ns = self._backend.stamp().mtime_ns
+            block = recovered.superblock
+            found = dataclasses.replace(
+                block, clean=True, backend_mtime_ns=mtime_ns, generation=block.generation + 1
+            )
+            self._write_superblocks(found)
         self._mark(Mark(found.uuid, found.epoch, dirty=identity.may_be_dirty(found)))
-        stamp = self._backend.stamp()
-        self._write_superblocks(
-            dataclasses.replace(found, backend_mtime_ns=stamp.mtime_ns, generation=found.generation + 1)
-        )
         self._folder.remove(found.uuid)
 
     def _let_go(self) -> None:

@@ -25,6 +25,7 @@ from enum import Enum
 from typing import Any, Final
 
 from vhostcache import metrics
+from vhostcache.assembly import CacheClaim, claim_without_cache
 from vhostcache.backend.base import Backend
 from vhostcache.backend.file import FileBackend
 from vhostcache.config import Config, VolumeConfig
@@ -33,6 +34,9 @@ from vhostcache.engine import Engine
 from vhostcache.errors import EXIT_OK, EXIT_RUNTIME, ControlError, why_number
 from vhostcache.events import EventLog
 from vhostcache.guest_requests import VolumeSettings
+from vhostcache.log.format import REQUEST_BLOCKS
+from vhostcache.log.superblock import WRITE_CACHE_OFF, WRITE_CACHE_UNKNOWN
+from vhostcache.log_volume import LogVolume, LogVolumeSettings
 from vhostcache.map import slots_for_ram
 from vhostcache.sockets import Listener
 from vhostcache.volume import NEVER, Volume
@@ -73,7 +77,8 @@ class Served:
     config: VolumeConfig
     backend: Backend
     listener: Listener
-    volume: Volume
+    volume: Volume | LogVolume
+    claim: CacheClaim | None = None
     state: State = State.SERVING
     connected: bool = False
     failed: bool = False
@@ -83,10 +88,16 @@ class Served:
     flush_negotiated: bool = True
     write_cache_unknown: bool = False
     told: bool | None = None
+    closing: bool = False
 
     @property
     def name(self) -> str:
         return self.config.name
+
+    @property
+    def drains(self) -> bool:
+        """At the end everything goes to the image. With a cache file it may as well stay there."""
+        return self.claim is None or (self.config.cache.drain_on_exit and not self.failed)
 
 
 class Daemon:
@@ -119,6 +130,7 @@ class Daemon:
         self._progress_at_ns = NEVER
         self._rare = False  # something below the hot path wants a word in the next turn
         self._started_at_s = 0.0
+        self._deadlines: list[int] = []  # of the volumes' ticks, in ns; 0: at once
 
     # Start.
 
@@ -127,21 +139,29 @@ class Daemon:
         with contextlib.ExitStack() as stack:
             _raise_descriptor_limit(len(self._config.volumes))
             backends = [self._open_backend(volume, stack) for volume in self._config.volumes]
+            claims = [
+                self._claim(volume, backend, stack)
+                for volume, backend in zip(self._config.volumes, backends, strict=True)
+            ]
             listeners = [self._listen(volume.socket, volume.socket_mode, stack) for volume in self._config.volumes]
             control = self._listen(self._config.control, 0o600, stack) if self._config.control is not None else None
             self._engine = self._engine_class(
                 poll_max_us=self._config.poll_max_us, force_threads=self._config.io_engine == "threads"
             )
             stack.callback(self._engine.close)
-            for volume, backend, listener in zip(self._config.volumes, backends, listeners, strict=True):
-                self._served.append(self._add(volume, backend, listener))
+            for volume, backend, listener, claim in zip(
+                self._config.volumes, backends, listeners, claims, strict=True
+            ):
+                self._served.append(self._add(volume, backend, listener, claim))
             self._catch_signals(stack)
             if control is not None:
                 self._control = ControlChannel(control, self._version, self._watch_control)
                 stack.callback(self._control.close)
                 self._control.start(time.monotonic_ns())
             self._started_at_s = time.monotonic()
-            for index in range(len(self._served)):
+            for index, served in enumerate(self._served):
+                if served.claim is not None:
+                    served.claim.served = True
                 self._engine.start_volume(index)
             self._announce()
             gc.collect()
@@ -164,36 +184,111 @@ class Daemon:
         stack.callback(listener.close)
         return listener
 
-    def _add(self, config: VolumeConfig, backend: Backend, listener: Listener) -> Served:
+    def _claim(self, volume: VolumeConfig, backend: Backend, stack: contextlib.ExitStack) -> CacheClaim | None:
+        discard = volume.name in self._discard_dirty_data
+
+        def tell(level: str, event: str, fields: dict[str, Any]) -> None:
+            getattr(self._log, level)(event, volume=volume.name, **fields)
+
+        if volume.cache.path is None:
+            claim_without_cache(backend, discard, tell)
+            return None
+        claim = CacheClaim(volume, backend, discard, tell)
+        stack.callback(claim.close)
+        return claim
+
+    def _add(
+        self, config: VolumeConfig, backend: Backend, listener: Listener, claim: CacheClaim | None
+    ) -> Served:
         facts, mode = backend.facts, config.cache_mode
-        slots = slots_for_ram(config.ram)
-        index = self._engine.add_volume(
-            listen_fd=listener.detach(),
-            backend_fd=facts.descriptor,
-            size_bytes=facts.size_bytes,
-            slots=slots,
-            object_bytes=config.object_size,
-            num_queues=config.num_queues,
-            read_only=config.read_only,
-            write_cache=mode.writeback,
-            align_mem_bytes=facts.align_mem_bytes,
-            align_io_bytes=facts.align_io_bytes,
-            write_depth=config.write_depth,
-            discard_max_bytes=DISCARD_MAX_BYTES,
-            serial=config.serial_text,
-        )
+        common: dict[str, Any] = {
+            "listen_fd": listener.detach(),
+            "backend_fd": facts.descriptor,
+            "size_bytes": facts.size_bytes,
+            "slots": slots_for_ram(config.ram),
+            "object_bytes": config.object_size,
+            "num_queues": config.num_queues,
+            "read_only": config.read_only,
+            "write_cache": mode.writeback,
+            "align_mem_bytes": facts.align_mem_bytes,
+            "align_io_bytes": facts.align_io_bytes,
+            "write_depth": config.write_depth,
+            "discard_max_bytes": DISCARD_MAX_BYTES,
+            "serial": config.serial_text,
+        }
+        if claim is not None:
+            return self._add_logged(config, backend, listener, claim, common)
+        index = self._engine.add_volume(**common)
         assert index == len(self._served)
         settings = VolumeSettings(
             index=index,
             size_bytes=facts.size_bytes,
             object_bytes=config.object_size,
-            slots=slots,
+            slots=common["slots"],
             acknowledge_durable=not mode.writeback,
             ignore_flush=mode.no_flush,
             destage_after_ns=config.destage_after,
         )
         volume = Volume(settings, self._operations)
         return Served(config, backend, listener, volume, write_cache=mode.writeback)
+
+    def _add_logged(
+        self, config: VolumeConfig, backend: Backend, listener: Listener, claim: CacheClaim, common: dict[str, Any]
+    ) -> Served:
+        """A volume with a log, which is recovered here."""
+        mode = config.cache_mode
+        recovered = claim.open()
+        assert claim.file is not None
+        # No front-end says again what its guest has been told.
+        write_cache = mode.writeback and recovered.superblock.write_cache != WRITE_CACHE_OFF
+        index = self._engine.add_volume(
+            **{
+                **common,
+                "write_cache": write_cache,
+                "align_mem_bytes": max(common["align_mem_bytes"], claim.file.align_mem_bytes),
+                "align_io_bytes": max(common["align_io_bytes"], claim.file.align_io_bytes),
+            },
+            cache_fd=claim.file.descriptor,
+            ring_bytes=recovered.ring_blocks * 4096,
+            tier_fd=claim.tier_fd,
+            tier_entries_offset=claim.layout.entries_offset_bytes,
+            tier_entries=claim.layout.entries,
+            tier_slab_offset=claim.layout.slab_offset_bytes,
+            request_max_bytes=REQUEST_BLOCKS * 4096,
+        )
+        assert index == len(self._served)
+        self._engine.log_start(index, recovered.previous_crc)
+        with self._engine.log_crcs(index) as crcs:
+            for record in recovered.records:
+                if record.payload_blocks:
+                    first = (record.address + record.header_blocks) % recovered.ring_blocks
+                    crcs[first : first + record.payload_blocks] = memoryview(record.crcs)
+        cache = config.cache
+        settings = LogVolumeSettings(
+            index=index,
+            size_bytes=backend.facts.size_bytes,
+            object_bytes=config.object_size,
+            slots=claim.layout.slots,
+            acknowledge_durable=not mode.writeback,
+            ignore_flush=mode.no_flush,
+            destage_after_ns=config.destage_after,
+            tier_entries=claim.layout.entries,
+            sync_interval_ns=cache.sync_interval,
+            flush_window_ns=cache.flush_window,
+            checkpoint_interval_ns=cache.checkpoint_interval,
+            destage=cache.destage,
+        )
+        volume = LogVolume(settings, self._operations, recovered)
+        recovered.records.clear()
+        return Served(
+            config,
+            backend,
+            listener,
+            volume,
+            claim,
+            write_cache=write_cache,
+            write_cache_unknown=recovered.superblock.write_cache == WRITE_CACHE_UNKNOWN,
+        )
 
     def _catch_signals(self, stack: contextlib.ExitStack) -> None:
         """Signals become input of the loop: the C-level handler writes their numbers to a socket that the engine
@@ -232,6 +327,7 @@ class Daemon:
                 read_only=facts.read_only,
                 ram_bytes=served.config.ram,
                 object_bytes=served.config.object_size,
+                **_cache_fields(served),
             )
         names = [served.name for served in self._served]
         engine = self._engine.engine_statistics()
@@ -264,7 +360,7 @@ class Daemon:
         io_done = [volume.io_done for volume in volumes]
         tick = [volume.tick for volume in volumes]
         notices = [volume.notices for volume in volumes]
-        deadlines = [0] * count
+        deadlines = self._deadlines = [0] * count
         everything = range(count)
         touched: set[int] = set()
         busy = False
@@ -350,16 +446,33 @@ class Daemon:
         if draining:
             if self._operations:
                 return 0  # not yet seen by the engine
-            for served in draining:
-                if not served.connected and served.volume.drained:
+            for index, served in enumerate(self._served):
+                if served.state is State.DRAINING and not served.connected and self._has_ended(index, served):
                     served.state = State.STOPPED
                     served.listener.close()
-                    self._log.info("drained", volume=served.name)
             if all(served.state is State.STOPPED for served in self._served):
                 return DONE
             wake_ns = min(wake_ns, self._progress(now_ns))
         self._rare = wake_ns < NEVER
         return wake_ns
+
+    def _has_ended(self, index: int, served: Served) -> bool:
+        """Drained, and the log, if there is one, closed."""
+        volume = served.volume
+        if served.drains and not served.closing:
+            if not volume.drained:
+                return False
+            self._log.info("drained", volume=served.name)
+        if isinstance(volume, Volume):
+            return True
+        if not served.closing:
+            served.closing = True
+            volume.close(lambda: served.backend.settle().mtime_ns)
+            self._deadlines[index] = 0
+        if volume.closed:
+            dirty = volume.statistics()["dirty_blocks"]
+            self._log.info("closed", volume=served.name, dirty_bytes=dirty * 4096)
+        return volume.closed
 
     def _progress(self, now_ns: int) -> int:
         """Say once a second how far draining has come, and when to say it next."""
@@ -401,7 +514,8 @@ class Daemon:
             self._tell_write_cache(served)
             log.limited(now_ns, "info", "write-cache", name, enabled=served.write_cache)
         elif kind == EVENT_RESUMED:
-            served.write_cache_unknown = True
+            # What it has been told stands in the superblock, if that is not new itself.
+            served.write_cache_unknown = served.write_cache_unknown or served.claim is None or served.claim.is_new
             served.told = None
             self._tell_write_cache(served)
             log.limited(now_ns, "info", "resumed", name)
@@ -421,7 +535,7 @@ class Daemon:
     def _disconnected(self, served: Served, reason: int, index: int, now_ns: int) -> None:
         served.connected = False
         served.volume.disconnected()
-        if served.write_cache_unknown:
+        if served.write_cache_unknown and served.claim is None:
             # The next front-end brings its own history.
             served.write_cache_unknown = False
             served.told = None
@@ -429,7 +543,7 @@ class Daemon:
             message = self._engine.volume_message(index)
             self._log.limited(now_ns, "warning", "protocol-error", served.name, error=message)
         self._log.limited(now_ns, "info", "disconnected", served.name)
-        if served.state is State.DRAINING:
+        if served.state is State.DRAINING and served.drains:
             served.volume.drain()  # what was accepted since the first time
         elif self._shutdown_on_disconnect:
             self._shut_down("the front-end has disconnected")
@@ -437,6 +551,11 @@ class Daemon:
     def _tell_write_cache(self, served: Served) -> None:
         """Tell the core what the guest believes, when that has changed. Without FLUSH a guest has no way to ask."""
         enabled = served.write_cache and served.flush_negotiated
+        if served.claim is not None and served.write_cache and not enabled:
+            # Now. What it will be told by a driver that can is not for this one to decide, nor for the superblock.
+            served.volume.write_cache_unknown()
+            served.told = None
+            return
         if enabled == served.told:
             return
         served.told = enabled
@@ -456,9 +575,9 @@ class Daemon:
             elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 name = signal.Signals(number).name
                 if self._shutting_down:
-                    self._log.warning(
-                        "still-draining", signal=name, hint="only SIGKILL ends it now, and loses what is dirty"
-                    )
+                    loses = any(served.claim is None for served in self._served if served.state is not State.STOPPED)
+                    what = "loses what is dirty" if loses else "leaves the rest to the next start"
+                    self._log.warning("still-draining", signal=name, hint=f"only SIGKILL ends it now, and {what}")
                 else:
                     self._shut_down(name)
 
@@ -485,7 +604,9 @@ class Daemon:
         if served.state is State.SERVING:
             served.state = State.DRAINING
             self._engine.stop_volume(index)
-            served.volume.drain()
+            if served.drains:
+                served.volume.drain()
+            self._deadlines[index] = 0
             self._progress_at_ns = 0
             self._rare = True
 
@@ -582,7 +703,15 @@ class Daemon:
             "misses": core["misses"],
             "flushes_received": core["flushes_received"],
             "flushes_performed": core["flushes_performed"],
+            "cache": None if served.claim is None else {"path": served.claim.path, **metrics.log_status(core)},
         }
+
+
+def _cache_fields(served: Served) -> dict[str, Any]:
+    claim = served.claim
+    if claim is None or claim.file is None:
+        return {}
+    return {"cache": claim.path, "cache_bytes": claim.file.size_bytes, "write_cache": served.write_cache}
 
 
 def qemu_arguments(config: VolumeConfig) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 KINDS: Final = ("read", "write", "flush", "discard", "zero", "zero_unmap")  # the engine's order of VHC_REQ_*
 BACKEND_KINDS: Final = ("read", "write", "flush", "zero")
+LOG_KINDS: Final = ("read", "write", "flush", "superblock")
 LATENCY_KINDS: Final = ("read", "write", "flush")  # write: discard and zeroes too
 PERCENTILES: Final = {"p50": 0.5, "p99": 0.99, "p99_9": 0.999}
 
@@ -54,7 +55,33 @@ def statistics(engine: Counters, core: Mapping[str, int]) -> dict[str, Any]:
         "kicks": engine["kicks"],
         "notifications": engine["notifications"],
         "get_id": engine["get_id"],
-        **core,
+        **{key: value for key, value in core.items() if not key.startswith("log_")},
+        **({"log": _log(engine, core)} if "log_blocks" in core else {}),
+    }
+
+
+def log_status(core: Mapping[str, int]) -> dict[str, int]:
+    """What `status` says of a log: levels, in bytes."""
+    return {
+        "log_bytes": core["log_blocks"] * 4096,
+        "log_used_bytes": core["log_used_blocks"] * 4096,
+        "volatile_bytes": core["volatile_blocks"] * 4096,
+    }
+
+
+def _log(engine: Counters, core: Mapping[str, int]) -> dict[str, Any]:
+    """Of a volume with a cache file: its log."""
+    operations, bytes_out = engine["log_ops"], engine["log_bytes"]
+    accepted = engine["bytes"][1]
+    own = {key.removeprefix("log_"): value for key, value in core.items() if key.startswith("log_")}
+    return {
+        **own,
+        "operations": dict(zip(LOG_KINDS, operations, strict=True)),
+        "bytes": dict(zip(LOG_KINDS, bytes_out, strict=True)),
+        "mean_payload_bytes": _ratio(own["payload_blocks"] * 4096, own["records"], 0),
+        # What the cache device has to write for each byte that the guest does.
+        "written_per_accepted": _ratio(bytes_out[1] + bytes_out[3], accepted, 3),
+        "crc_errors": engine["log_crc_errors"],
     }
 
 

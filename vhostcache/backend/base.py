@@ -65,6 +65,10 @@ class Backend(ABC):
     def stamp(self) -> Stamp:
         """As it is now."""
 
+    @abstractmethod
+    def settle(self) -> Stamp:
+        """The same, durable itself: nobody writes now, and what has been written is flushed. May wait."""
+
     @property
     @abstractmethod
     def can_be_marked(self) -> bool:

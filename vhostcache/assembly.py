@@ -351,9 +351,7 @@ class CacheClaim:
         else:
             mtime_ns = self._backend.stamp().mtime_ns
             block = recovered.superblock
-            found = dataclasses.replace(
-                block, clean=True, backend_mtime_ns=mtime_ns, generation=block.generation + 1
-            )
+            found = dataclasses.replace(block, clean=True, backend_mtime_ns=mtime_ns, generation=block.generation + 1)
             self._write_superblocks(found)
         self._mark(Mark(found.uuid, found.epoch, dirty=identity.may_be_dirty(found)))
         self._folder.remove(found.uuid)

@@ -149,9 +149,7 @@ class Daemon:
                 poll_max_us=self._config.poll_max_us, force_threads=self._config.io_engine == "threads"
             )
             stack.callback(self._engine.close)
-            for volume, backend, listener, claim in zip(
-                self._config.volumes, backends, listeners, claims, strict=True
-            ):
+            for volume, backend, listener, claim in zip(self._config.volumes, backends, listeners, claims, strict=True):
                 self._served.append(self._add(volume, backend, listener, claim))
             self._catch_signals(stack)
             if control is not None:
@@ -197,9 +195,7 @@ class Daemon:
         stack.callback(claim.close)
         return claim
 
-    def _add(
-        self, config: VolumeConfig, backend: Backend, listener: Listener, claim: CacheClaim | None
-    ) -> Served:
+    def _add(self, config: VolumeConfig, backend: Backend, listener: Listener, claim: CacheClaim | None) -> Served:
         facts, mode = backend.facts, config.cache_mode
         common: dict[str, Any] = {
             "listen_fd": listener.detach(),
@@ -475,13 +471,14 @@ class Daemon:
         return volume.closed
 
     def _progress(self, now_ns: int) -> int:
-        """Say once a second how far draining has come, and when to say it next."""
+        """Say once a second how far the end has come, and when to say it next."""
         if now_ns >= self._progress_at_ns:
             self._progress_at_ns = now_ns + SECOND_NS
             for served in self._served:
                 if served.state is State.DRAINING:
                     dirty = served.volume.statistics()["dirty_blocks"]
-                    self._log.info("draining", volume=served.name, dirty_bytes=dirty * 4096, connected=served.connected)
+                    event = "draining" if served.drains and not served.closing else "closing"
+                    self._log.info(event, volume=served.name, dirty_bytes=dirty * 4096, connected=served.connected)
         return self._progress_at_ns
 
     # Events, each rare.

@@ -156,4 +156,3 @@ def _foreign(image: Image, path: str) -> RefusedError:
         "choose another file; if the image has only been moved and cannot be marked, move it back",
         discardable=False,
     )
-

@@ -15,7 +15,7 @@ Invariants:
 `requests` is the hot path.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -280,10 +280,12 @@ class LogVolume(GuestRequests):
             and not (self._room or self._parked or self._io.in_flight)
         )
 
-    def close(self) -> None:
+    def close(self, backend_mtime_ns: Callable[[], int]) -> None:
         """Begin to end: commit, wait for what is on its way, mark the log as closed in good order. Then `closed`. There
-        must be no front-end. Dirty data stays in the log."""
+        must be no front-end. Dirty data stays in the log. `backend_mtime_ns` is asked when nothing writes to the
+        backend any more: by that the next start sees that nobody has."""
         self._closing = True
+        self._checkpointer.backend_mtime_ns = backend_mtime_ns
         self._destager.stopped = not self._draining
 
     def set_write_cache(self, enabled: bool) -> None:

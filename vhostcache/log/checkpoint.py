@@ -40,6 +40,7 @@ class Checkpointer:
         self.write_cache = superblock.write_cache
         self.closing = False
         """The next one says that the log was closed in good order."""
+        self.backend_mtime_ns: Callable[[], int] = lambda: superblock.backend_mtime_ns
         self.count = 0
 
     def request(self, when_done: Callable[[], None] | None = None) -> None:
@@ -115,6 +116,7 @@ class Checkpointer:
             durable_seq=writer.durable_seq,
             write_cache=self.write_cache,
             clean=self.closing,
+            backend_mtime_ns=self.backend_mtime_ns() if self.closing else self.superblock.backend_mtime_ns,
         )
         self._write(A_OFFSET_BYTES)
 

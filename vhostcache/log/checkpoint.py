@@ -57,10 +57,18 @@ class Checkpointer:
     def _clean(self) -> int:
         return max(self.superblock.clean_address, self._index.clean_below(self._writer.durable_address))
 
-    def _tail_wanted(self, clean: int) -> int:
-        """Where the tail should be: only as far as room is wanted."""
-        ring = self._writer.ring_blocks
-        return min(clean, self._writer.head + ring // FREE_SHARE + 2 * self._writer.record_blocks - ring)
+    def _tail_wanted(self) -> int:
+        """Where the tail should be at least, if what is below is clean: only as far as room is wanted."""
+        writer = self._writer
+        room = max(writer.ring_blocks // FREE_SHARE + 2 * writer.record_blocks, writer.space_wanted)
+        return writer.head + room - writer.ring_blocks
+
+    def _gives_way(self, clean: int) -> bool:
+        """Whether the record at the tail may and should go."""
+        made = self._writer.records_made
+        if not made or made[0][0] >= self._tail_wanted():
+            return False
+        return (made[1][0] if len(made) > 1 else self._writer.head) <= clean
 
     def schedule(self, now_ns: int) -> int:
         """Start one if it is due; returns the time at which to look again, in ns."""
@@ -73,7 +81,7 @@ class Checkpointer:
             clean = self._clean()
             # Not for every record: the tail moves in steps of a sixteenth, unless somebody waits for room.
             step = writer.ring_blocks // 16 if not writer.space_wanted else 0
-            self._wanted = self._tail_wanted(clean) > self.superblock.tail_address + step and self._may_move(clean)
+            self._wanted = self._tail_wanted() > self.superblock.tail_address + step and self._gives_way(clean)
         if not self._wanted and now_ns >= self._next_ns:
             self._next_ns = now_ns + self._interval_ns
             changed = (self._clean(), writer.durable_seq) != (
@@ -87,22 +95,13 @@ class Checkpointer:
             return op.NEVER
         return self._next_ns
 
-    def _may_move(self, clean: int) -> bool:
-        """Whether a whole record lies between the tail and where it should be."""
-        made = self._writer.records_made
-        if not made:
-            return False
-        end = made[1][0] if len(made) > 1 else self._writer.head
-        return end <= self._tail_wanted(clean)
-
     def _begin(self) -> None:
         writer = self._writer
         self._wanted = False
         self._when_done, self._waiting = self._waiting, []
         clean = self._clean()
-        wanted = self._tail_wanted(clean)
         made = writer.records_made
-        while made and (made[1][0] if len(made) > 1 else writer.head) <= wanted:
+        while self._gives_way(clean):
             made.popleft()
         tail, seq = made[0] if made else (writer.head, writer.next_seq)
         self._index.tail = tail
@@ -144,7 +143,7 @@ class Checkpointer:
             self._running = None
             self.count += 1
             self._writer.free_below = self.superblock.tail_address + self._writer.ring_blocks
-            self._writer.space_wanted = False
+            self._writer.space_wanted = 0
             for done in self._when_done:
                 done()
             self._when_done = []

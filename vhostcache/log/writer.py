@@ -166,8 +166,8 @@ class LogWriter:
         self._retry_ns = 0
         self._retry_at_ns = 0
         self._to_repeat: list[Record] = []
-        self.space_wanted = False
-        """A record did not find room in the ring."""
+        self.space_wanted = 0
+        """Blocks, padding included, of a record that did not find room in the ring."""
         self.records_made: deque[tuple[int, int]] = deque()
         """(address, seq) of the records in the ring, for the tail."""
         self.now_ns = 0
@@ -248,7 +248,7 @@ class LogWriter:
         left = self.ring_blocks - self.head % self.ring_blocks
         padding = left if left < header_blocks + limit else 0
         if self.head + padding + header_blocks + limit > self.limit():
-            self.space_wanted = True
+            self.space_wanted = padding + header_blocks + limit
             return False
         headers = self._take_header(header_blocks + (1 if padding else 0))
         if not headers:

@@ -38,6 +38,8 @@ from vhostcache.log.writer import LogWriter
 from vhostcache.map import CLEAN, DIRTY, FREE, ORPHAN, PINNED, WRITING, Map
 from vhostcache.readcache import HITS_MAX
 
+VOLATILE_BLOCKS: Final = 1024
+"""With so much accepted and not durable (4 MiB) a fdatasync is worth its while: its slots can be given up then."""
 ZERO_SLOT: Final = 1
 """A slot of zeroes that is never written."""
 
@@ -88,7 +90,7 @@ class LogVolume(GuestRequests):
             next_seq=recovered.next_seq,
             record_blocks=settings.record_blocks,
             entries_max=settings.tier_entries,
-            volatile_max=max(1, usable // 4),
+            volatile_max=max(1, min(VOLATILE_BLOCKS, usable // 4)),
             sync_interval_ns=settings.sync_interval_ns,
             flush_window_ns=settings.flush_window_ns,
         )
@@ -198,6 +200,7 @@ class LogVolume(GuestRequests):
                         where[block] = slot
                         block_of[slot] = block
                         state[slot] = DIRTY
+                        hits[slot] = 0
                         record.slots[block] = slot
                         writer.published += 1
                         append(21 | name << 8 | slot << 32)  # LOG1
@@ -481,6 +484,7 @@ class LogVolume(GuestRequests):
         block_map.where[block] = slot
         block_map.block_of[slot] = block
         block_map.state[slot] = DIRTY
+        self._cache.hits[slot] = 0
         record.slots[block] = slot
 
     def _replace(self, block: int) -> None:

@@ -25,13 +25,30 @@ LOOKS_MAX: Final = 1024
 class ReadCache:
     """The order of eviction of a map's clean slots."""
 
-    __slots__ = ("_ghost_order", "_ghosts", "_ghosts_max", "_main", "_map", "_queued", "_small", "evictions", "hits")
+    __slots__ = (
+        "_ghost_order",
+        "_ghosts",
+        "_ghosts_max",
+        "_main",
+        "_map",
+        "_queued",
+        "_run_slots",
+        "_run_slots_max",
+        "_runs",
+        "_small",
+        "evictions",
+        "hits",
+    )
 
     def __init__(self, block_map: Map) -> None:
         self._map = block_map
         self._small: deque[int] = deque()
         self._main: deque[int] = deque()
         self._queued = bytearray(block_map.slots)
+        self._runs: deque[list[int]] = deque()
+        """Slots that were written together, oldest first: see `admit_run`."""
+        self._run_slots = 0
+        self._run_slots_max = block_map.slots // 2
         self._ghosts: set[int] = set()
         self._ghost_order: deque[int] = deque()
         """Ghosts, oldest first; one that has come back stays until its turn. (A dict that is emptied from the front is
@@ -53,6 +70,13 @@ class ReadCache:
             self._main.append(slot)
         else:
             self._small.append(slot)
+
+    def admit_run(self, slots: list[int]) -> None:
+        """Slots that have just become CLEAN because the log has them. What is written is seldom read soon: they go
+        together, in the order of writing, but for those that are hit. They may take half of RAM before they go first.
+        """
+        self._runs.append(slots)
+        self._run_slots += len(slots)
 
     def is_wanted(self, block: int) -> bool:
         """Whether a block that missed has earned a place: it is a ghost. If not, it now is one."""
@@ -76,14 +100,17 @@ class ReadCache:
         return block_map.free.pop()
 
     def evict(self, count: int) -> int:
-        """Free up to `count` clean slots; returns how many.
+        """Free `count` clean slots, or some more, or as many as there are; returns how many.
 
         Second chances end after a bounded number of looks, so that a cache in which everything has been hit does not
         hold the loop."""
         freed = 0
         small, main = self._small, self._main
         looks = LOOKS_MAX + 2 * count
-        while freed < count and (small or main):
+        while freed < count and (small or main or self._runs):
+            if self._runs and (self._run_slots > self._run_slots_max or not (small or main)):
+                freed += self._evict_run()
+                continue
             looks -= 1
             if looks == 0:
                 self.hits[:] = bytes(len(self.hits))
@@ -93,6 +120,27 @@ class ReadCache:
                 freed += self._evict_main()
         self.evictions += freed
         return freed
+
+    def _evict_run(self) -> int:
+        slots = self._runs.popleft()
+        self._run_slots -= len(slots)
+        block_map = self._map
+        state, block_of, where = block_map.state, block_map.block_of, block_map.where
+        hits, queued = self.hits, self._queued
+        freed = []
+        for slot in slots:
+            if state[slot] != CLEAN or queued[slot]:
+                continue
+            if hits[slot]:
+                hits[slot] = 0
+                queued[slot] = 1
+                self._main.append(slot)
+            else:
+                del where[block_of[slot]]
+                state[slot] = FREE
+                freed.append(slot)
+        block_map.free += freed
+        return len(freed)
 
     def _evict_small(self) -> int:
         slot = self._small.popleft()

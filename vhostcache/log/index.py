@@ -108,25 +108,31 @@ class LogIndex:
     def add(self, blocks: Sequence[int], address: int, now_ns: int) -> None:
         """Blocks in ascending order whose payload is now durable at `address`, `address + 1`, ... They are dirty."""
         shift, mask = self._shift, self._mask
+        objects, dirty, few_max = self._objects, self.dirty, self._few_max
         number = -1
         entry = ObjectIndex(0)
-        for at, block in enumerate(blocks, address):
+        page = entry.page
+        value = address << 1
+        for block in blocks:
             if block >> shift != number:
+                entry.newest = max(entry.newest, value - 2)
                 number = block >> shift
-                entry = self._entry(number)
-                self._touch(number, at, now_ns)
-            value = at << 1
+                entry = objects.get(number) or self._entry(number)
+                page = entry.page
+                if number not in dirty:
+                    dirty[number] = value >> 1
+                    self.since_ns[number] = now_ns
             offset = block & mask
-            page = entry.page
             if page is not None:
                 if page[offset] < value:
                     page[offset] = value
             elif entry.few.get(offset, 0) < value:
                 entry.few[offset] = value
-                if len(entry.few) > self._few_max:
+                if len(entry.few) > few_max:
                     self._grow(entry)
-            if value > entry.newest:
-                entry.newest = value
+                    page = entry.page
+            value += 2
+        entry.newest = max(entry.newest, value - 2)
 
     def zero(self, first: int, end: int, address: int) -> None:
         """Blocks `first` .. `end - 1` read as zeroes from now on, by an extent whose header is at `address`."""

@@ -28,6 +28,8 @@ RETRY_MAX_NS: Final = 5_000_000_000
 ZEROES_MAX: Final = 64
 """Extents of zeroes in a record: with 256 data extents and as many checksums they fit one header block."""
 INTERNAL: Final = -1
+ABSORBED_RECORDS: Final = 4
+"""Records that enter the index in one turn, about 1 ms."""
 
 
 class Record:
@@ -146,7 +148,10 @@ class LogWriter:
         self._sealed_blocks = 0
         self._written_seq = next_seq - 1
         """All records up to this one have been written."""
+        self.synced_seq = next_seq - 1
+        """All records up to this one are durable."""
         self.durable_seq = next_seq - 1
+        """And have entered the index, which goes in slices."""
         self.durable_address = head
         self.published = 0
         """Entries published in the RAM-tier file, ever; and of these, retired."""
@@ -160,7 +165,6 @@ class LogWriter:
         self._flush: LogFlush | None = None
         self.completed: list[int] = []
         """Tags whose commit has succeeded, for the owner to complete."""
-        self.became_durable = False
         self.blocked = False
         """The cache device is in trouble: nothing new may be acknowledged."""
         self._retry_ns = 0
@@ -353,6 +357,10 @@ class LogWriter:
         """Once a turn: start what is to be started. Returns the time at which to look again, in ns."""
         self.now_ns = now_ns
         deadline_ns = op.NEVER
+        if self._records and self._records[0].seq <= self.synced_seq:
+            self._absorb()
+            if self._records and self._records[0].seq <= self.synced_seq:
+                deadline_ns = now_ns
         if self.blocked:
             if now_ns < self._retry_at_ns:
                 return self._retry_at_ns
@@ -382,7 +390,7 @@ class LogWriter:
         self.seal()
         self._commit_tags, self._next_tags = self._next_tags, []
         self._commit_seq = self.next_seq - 1
-        if self._commit_seq == self.durable_seq:
+        if self._commit_seq == self.synced_seq:
             self._end_commit()
             return
         self._committing = True
@@ -427,17 +435,21 @@ class LogWriter:
             self._lose()
             self._failed("flush", result)
         else:
-            self._make_durable(flush.seq)
-            if self._committing and self.durable_seq >= self._commit_seq:
+            self.synced_seq = max(self.synced_seq, flush.seq)
+            if self._committing and self.synced_seq >= self._commit_seq:
                 self._end_commit()
+            self._absorb()
         for waiter in flush.waiters:
             waiter(result)
 
-    def _make_durable(self, seq: int) -> None:
+    def _absorb(self) -> None:
+        """Some records that are durable enter the index, and give back their entries and slots."""
         records, state, index = self._records, self._map.state, self._index
-        release, admit = self._map.release, self._cache.admit
+        release = self._map.release
         entries = 0
-        while records and records[0].seq <= seq:
+        for _ in range(ABSORBED_RECORDS):
+            if not (records and records[0].seq <= self.synced_seq):
+                break
             record = records.popleft()
             for word in record.zeroes:
                 block, count, kind = fmt.split_extent(word)
@@ -445,33 +457,30 @@ class LogWriter:
                     index.zero_durable(block, block + count, record.address, self.now_ns)
             if record.blocks:
                 index.add(record.blocks, record.address + record.header_blocks, self.now_ns)
-            for slot in record.payload:
-                if state[slot] == WRITING:
-                    state[slot] = CLEAN
-                    admit(slot)
-                else:
-                    assert state[slot] == ORPHAN
-                    release(slot)
+                for slot in record.payload:
+                    if state[slot] == WRITING:
+                        state[slot] = CLEAN
+                    else:
+                        assert state[slot] == ORPHAN
+                        release(slot)
+                self._cache.admit_run(record.payload)
             for slot in record.headers:
                 release(slot)
             self._sealed_blocks -= len(record.payload)
             entries = record.entries_end
             self.durable_seq = record.seq
-            self.durable_address = record.end
-            self.became_durable = True
+            self.durable_address = records[0].address if records else self.head
         if entries > self._retired:
             self._retired = entries
             self._io.retire(entries)
-        if records:
-            self.durable_address = records[0].address
-        elif self.became_durable:
-            self.durable_address = self.head
 
     def _lose(self) -> None:
         """A fdatasync has failed: nothing that is not durable counts as written."""
-        self._written_seq = self.durable_seq
+        self._written_seq = self.synced_seq
         self._to_repeat = []
         for record in self._records:
+            if record.seq <= self.synced_seq:
+                continue
             record.written = False
             if record.running:
                 record.again = True
@@ -505,16 +514,15 @@ class LogWriter:
 
 def _runs(blocks: list[int]) -> list[int]:
     """Data extents for blocks in ascending order."""
-    extents = []
-    start = 0
-    count = len(blocks)
-    if count and blocks[-1] - blocks[0] == count - 1:
-        return [fmt.extent(blocks[0], count, fmt.DATA)]
-    while start < count:
-        end = start + 1
-        first = blocks[start]
-        while end < count and blocks[end] - first == end - start:
-            end += 1
-        extents.append(fmt.extent(first, end - start, fmt.DATA))
-        start = end
+    if blocks and blocks[-1] - blocks[0] == len(blocks) - 1:
+        return [fmt.extent(blocks[0], len(blocks), fmt.DATA)]
+    extents: list[int] = []
+    one = fmt.extent(0, 1, fmt.DATA)
+    next_block = -1
+    for block in blocks:
+        if block == next_block:
+            extents[-1] += one
+        else:
+            extents.append(block | one)
+        next_block = block + 1
     return extents

@@ -58,6 +58,7 @@ class BackendFacts:
     identity: bytes
     size_bytes: int
     mtime_ns: int
+    """Of its data; 0: nobody can tell, as with a block device."""
 
 
 class Decision(Enum):
@@ -100,6 +101,12 @@ class Finding:
     def next_epoch(self) -> int:
         """The epoch that a start opens; it belongs into the header of a new RAM-tier file."""
         return self.superblock.epoch + 1 if self.superblock else 1
+
+    @property
+    def is_damaged(self) -> bool:
+        """Something is not what was written there, whether that matters or not."""
+        cut_short = bool(self.superblock and self.walk and self.walk.head_address < self.superblock.durable_address)
+        return cut_short or self.decision is Decision.CORRUPT
 
     @property
     def is_dirty(self) -> bool:
@@ -192,9 +199,14 @@ def examine(
     return _examine(_Situation(disk, tier, boot_id, backend, accept_lost_tier, progress, visit), subject)
 
 
+def read_superblock(disk: Disk) -> Superblock | None:
+    """The one that counts; None: there is none, or none is whole."""
+    return superblocks.newest(*_read_superblocks(disk))
+
+
 def named_tier(disk: Disk) -> tuple[bytes, bytes] | None:
     """The uuids, of cache and RAM tier, under which `examine` will want to see a RAM-tier file; None: not any."""
-    superblock = superblocks.newest(*_read_superblocks(disk))
+    superblock = read_superblock(disk)
     if superblock is None or superblock.clean or superblock.tier_uuid == NO_TIER:
         return None
     return superblock.uuid, superblock.tier_uuid
@@ -260,6 +272,21 @@ def recover(
         )
         _write_superblocks(disk, opening, first)
     return Recovered(opening, finding, log.head_address, log.next_seq, log.previous_crc, log.records)
+
+
+def close(disk: Disk, opened: Superblock, backend: BackendFacts, *, destaged: bool) -> Superblock:
+    """The end in good order of an opening in which nothing has been appended; `destaged`: the image has it all."""
+    disk.sync()
+    closed = dataclasses.replace(
+        opened,
+        backend_size_bytes=backend.size_bytes,
+        backend_mtime_ns=backend.mtime_ns,
+        clean_address=opened.durable_address if destaged else opened.clean_address,
+        clean=True,
+        generation=opened.generation + 1,
+    )
+    _write_superblocks(disk, closed, A_OFFSET_BYTES)
+    return closed
 
 
 # The decision table.
@@ -408,7 +435,8 @@ class _Situation:
 
     @property
     def other_mtime(self) -> bool:
-        return self.backend is not None and self.backend.mtime_ns != self.superblock.backend_mtime_ns
+        known = self.superblock.backend_mtime_ns
+        return self.backend is not None and 0 not in (known, self.backend.mtime_ns) and self.backend.mtime_ns != known
 
     @property
     def image_changed(self) -> bool:

@@ -487,7 +487,7 @@ class World:
         """A clean shutdown: the front-end goes first."""
         self.note("close")
         self.leave()
-        self.volume.close()
+        self.volume.close(lambda: 0)
         self.engine.deadline_ns = 0
         self.until(lambda: self.volume.closed, "close")
         self.states["clean shutdown"] += 1

@@ -24,7 +24,11 @@ PROGRAM: Final = "vhostcache"
 
 # Commands that live in other modules, and how the list of commands describes them.
 _ELSEWHERE: Final = {
-    "bench": ("vhostcache.loadgen", "bench_command", "Put load on a vhost-user-blk server and measure it.")
+    "bench": ("vhostcache.loadgen", "bench_command", "Put load on a vhost-user-blk server and measure it."),
+    "info": ("vhostcache.cli_cache", "info_command", "Show what is in a cache file."),
+    "check": ("vhostcache.cli_cache", "check_command", "Hold all of a cache file against its checksums."),
+    "drain": ("vhostcache.cli_cache", "drain_command", "Write what only a cache file has back to its image."),
+    "dump": ("vhostcache.cli_cache", "dump_command", "Print the records of a cache file as JSON lines."),
 }
 
 
@@ -32,7 +36,7 @@ class _Commands(click.Group):
     """The list of commands; those of other modules are imported when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        order = ["create", "export", "serve", "status", "bench", "schema", "version"]
+        order = ["create", "export", "serve", "status", "info", "check", "drain", "dump", "bench", "schema", "version"]
         return [name for name in order if name in self.commands or name in _ELSEWHERE]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

@@ -1,0 +1,398 @@
+"""The commands for a cache that no daemon has open: info, check, drain, dump.
+
+They open and lock the files, and print; what is computed is in vhostcache.log. All but `drain` open the cache file for
+reading only. A cache file in use is refused by its lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import mmap
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from vhostcache.errors import ImageError, why
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from vhostcache.backend.file import FileBackend
+    from vhostcache.cachefile import CacheFile
+    from vhostcache.log.recovery import BackendFacts, Finding
+    from vhostcache.log.superblock import Superblock
+    from vhostcache.log.tier import Tier
+
+EXIT_CLEAN: Final = 0
+EXIT_DIRTY: Final = 1
+EXIT_CORRUPT: Final = 2
+CORRUPT_SHOWN: Final = 100
+
+_CACHE: Final = click.argument("cache", type=click.Path())
+_RAM_DIR: Final = click.option(
+    "--ram-dir", type=click.Path(), metavar="FOLDER", help="Where the daemon has its RAM tier, if that is not usual."
+)
+
+
+@click.command(short_help="Show what is in a cache file.")
+@_CACHE
+@click.option("--top", type=click.IntRange(0), default=10, show_default=True, help="How many dirty objects to list.")
+@_RAM_DIR
+def info_command(cache: str, top: int, ram_dir: str | None) -> None:
+    """Show CACHE: its superblocks, its log, what the image does not have yet, and what a start would do.
+
+    \b
+      vhostcache info /var/cache/vda.cache
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    with _opened(cache, ram_dir) as (file, tier):
+        finding = _examine(file, tier)
+        _print_superblocks(console, finding)
+        if finding.walk is not None:
+            _print_log(console, finding)
+            _print_dirty(console, finding, top)
+        console.print()
+        console.print(Text(f"A start would {finding.decision.value}: {finding.what}.", style="bold"))
+        if finding.error is not None and finding.error.hint:
+            console.print(Text(f"What to do: {finding.error.hint}."))
+
+
+@click.command(short_help="Read all of a cache file and hold it against its checksums.")
+@_CACHE
+@click.option("--backend", type=click.Path(), metavar="IMAGE", help="The image, to see whether they belong together.")
+@_RAM_DIR
+def check_command(cache: str, backend: str | None, ram_dir: str | None) -> None:
+    """Read all of CACHE, which is not changed, and hold every block against its checksum.
+
+    Exit status: 0 clean: the image has everything. 1 dirty: it has not, or a start would be refused. 2 corrupt; what
+    is damaged is listed as ranges of the disk.
+
+    \b
+      vhostcache check /var/cache/vda.cache --backend disk.img
+    """
+    from vhostcache.log import offline
+
+    with _opened(cache, ram_dir) as (file, tier), _image(backend, read_only=True) as image:
+        facts = _facts(image, file) if image is not None else None
+        finding = _examine(file, tier, facts)
+        corrupt: list[offline.CorruptRange] = []
+        if finding.walk is not None and finding.superblock is not None:
+            with _bar("checking") as bar:
+                task = bar.add_task("", total=None)
+                corrupt = offline.check_payload(
+                    file,
+                    finding.superblock,
+                    finding.walk.records,
+                    lambda done, total: bar.update(task, completed=done, total=total),
+                )
+    for damaged in corrupt[:CORRUPT_SHOWN]:
+        click.echo(f"corrupt: {damaged.size_bytes} bytes at {damaged.offset_bytes} of the disk, record {damaged.seq}")
+    if len(corrupt) > CORRUPT_SHOWN:
+        click.echo(f"corrupt: {len(corrupt) - CORRUPT_SHOWN} more ranges")
+    if finding.error is not None:
+        click.echo(f"vhostcache: {finding.error}", err=True)
+    if corrupt or finding.is_damaged:
+        click.echo(f"{cache}: corrupt")
+        sys.exit(EXIT_CORRUPT)
+    dirty = finding.error is not None or finding.is_dirty
+    records = len(finding.walk.records) if finding.walk else 0
+    click.echo(f"{cache}: {'dirty' if dirty else 'clean'}, {_count(records, 'record')}, no damage")
+    sys.exit(EXIT_DIRTY if dirty else EXIT_CLEAN)
+
+
+@click.command(short_help="Write what only a cache file has back to its image.")
+@_CACHE
+@click.option("--backend", type=click.Path(), metavar="IMAGE", required=True, help="The image that it belongs to.")
+@click.option(
+    "--accept-lost-ram",
+    is_flag=True,
+    help="Go on without a RAM tier that is gone: writes that were not flushed are lost. Power the guest off first.",
+)
+@_RAM_DIR
+def drain_command(cache: str, backend: str, accept_lost_ram: bool, ram_dir: str | None) -> None:
+    """Write everything that only CACHE has back to IMAGE, as a daemon would.
+
+    Afterwards the image stands on its own, and the cache is clean. A drain that is interrupted can be started again.
+
+    \b
+      vhostcache drain /var/cache/vda.cache --backend disk.img
+    """
+    from vhostcache import cachefile
+    from vhostcache.assembly import boot_id
+    from vhostcache.backend.mark import Mark
+    from vhostcache.log import offline, recovery
+    from vhostcache.tierfile import TierFolder
+
+    subject = cachefile.subject(cache)
+    with _opened(cache, ram_dir, write=True) as (file, tier), _image(backend, read_only=False) as image:
+        assert image is not None
+        mark = image.read_mark()
+        facts = _facts(image, file)
+        with _bar("draining") as bar:
+            task = bar.add_task("", total=None)
+            recovered = recovery.recover(
+                file,
+                tier,
+                boot_id(),
+                facts,
+                subject=subject,
+                accept_lost_tier=accept_lost_ram,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+            written = offline.drain(
+                file,
+                recovered.superblock,
+                recovered.records,
+                _ImageWriter(backend, image),
+                subject=subject,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        closed = recovery.close(file, recovered.superblock, _facts(image, file), destaged=True)
+        if mark is not None and mark.uuid == closed.uuid:
+            image.write_mark(Mark(closed.uuid, closed.epoch, dirty=False))
+        if os.path.isdir(folder := _ram_folder(ram_dir)):
+            TierFolder(folder).remove(closed.uuid)
+    click.echo(f"{backend}: {_size(written * 4096)} written, {cache} is clean")
+
+
+@click.command(short_help="Print the records of a cache file as JSON lines.")
+@_CACHE
+def dump_command(cache: str) -> None:
+    """Print the superblocks and the records of CACHE, a JSON object a line, and last why the log ends there.
+
+    \b
+      vhostcache dump /var/cache/vda.cache | jq -c 'select(.seq >= 100)'
+    """
+    from vhostcache.cachefile import CacheFile
+    from vhostcache.log import offline
+    from vhostcache.log.walk import walk
+
+    with CacheFile(cache, read_only=True, lock_wait_s=0.0) as file:
+        finding = _examine(file, None)
+        for name, copy in zip("AB", finding.copies, strict=True):
+            click.echo(json.dumps({"superblock": name, **_superblock_fields(copy)}))
+        if finding.superblock is None:
+            assert finding.error is not None
+            raise finding.error
+        found = finding.walk or walk(file, finding.superblock)
+        for line in offline.dump(file, finding.superblock, found.records):
+            click.echo(json.dumps(line))
+        click.echo(json.dumps({"end": found.head_address, "next_seq": found.next_seq, "why": found.end}))
+
+
+# Opening.
+
+
+@contextlib.contextmanager
+def _opened(cache: str, ram_dir: str | None, write: bool = False) -> Iterator[tuple[CacheFile, Tier | None]]:
+    """The cache file, locked, and the RAM tier that it names, if that is there."""
+    from vhostcache.cachefile import CacheFile
+    from vhostcache.log import recovery, tier
+    from vhostcache.tierfile import TierFolder
+
+    with CacheFile(cache, read_only=not write, lock_wait_s=0.0) as file:
+        named = recovery.named_tier(file)
+        folder = _ram_folder(ram_dir)
+        descriptor = TierFolder(folder).open(*named) if named is not None and os.path.isdir(folder) else None
+        if descriptor is None:
+            yield file, None
+            return
+        try:
+            size = os.fstat(descriptor).st_size
+            mapped = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ) if size else None
+        finally:
+            os.close(descriptor)
+        # Unmapped with the process: what was read from it may still point into it.
+        yield file, tier.parse(mapped) if mapped is not None else None
+
+
+def _ram_folder(ram_dir: str | None) -> str:
+    from vhostcache.tierfile import default_folder
+
+    return ram_dir or default_folder()
+
+
+@contextlib.contextmanager
+def _image(path: str | None, read_only: bool) -> Iterator[FileBackend | None]:
+    from vhostcache.backend.file import FileBackend
+
+    if path is None:
+        yield None
+        return
+    backend = FileBackend(path, read_only=read_only, direct=False, lock_wait_s=0.0)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def _facts(image: FileBackend, file: CacheFile) -> BackendFacts:
+    """The image, judged by its mark first: an old copy of a cache file is told by that alone."""
+    from vhostcache import identity
+    from vhostcache.assembly import image_of
+    from vhostcache.log import recovery
+
+    block = recovery.read_superblock(file)
+    found = image_of(image)
+    if block is not None:
+        identity.with_cache(found, file.path, block)
+    return identity.backend_facts(found, block)
+
+
+def _examine(file: CacheFile, tier: Tier | None, facts: BackendFacts | None = None) -> Finding:
+    from vhostcache.assembly import boot_id
+    from vhostcache.cachefile import subject
+    from vhostcache.log import recovery
+
+    with _bar("reading") as bar:
+        task = bar.add_task("", total=None)
+        return recovery.examine(
+            file,
+            tier,
+            boot_id(),
+            facts,
+            subject=subject(file.path),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _bar(what: str) -> Progress:
+    """On standard error, and only where a person looks at it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+
+class _ImageWriter:
+    """The image, for `offline.drain`."""
+
+    def __init__(self, path: str, backend: FileBackend) -> None:
+        self._subject = f"image '{path}'"
+        self._descriptor = backend.facts.descriptor
+        self.size_bytes = backend.facts.size_bytes
+
+    def write(self, offset: int, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                count = os.pwrite(self._descriptor, view, offset)
+                view = view[count:]
+                offset += count
+        except OSError as error:
+            raise ImageError(self._subject, f"cannot be written at byte {offset}: {why(error)}") from error
+
+    def write_zeroes(self, offset: int, size: int, unmap: bool) -> None:
+        # Linux, <linux/falloc.h>: KEEP_SIZE | PUNCH_HOLE, and ZERO_RANGE | KEEP_SIZE
+        mode = 0x03 if unmap else 0x11
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.fallocate(self._descriptor, mode, ctypes.c_longlong(offset), ctypes.c_longlong(size)) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            error = OSError(number, "")
+            raise ImageError(self._subject, f"cannot be zeroed at byte {offset}: {why(error)}") from error
+        for at in range(offset, offset + size, 1 << 20):
+            self.write(at, bytes(min(1 << 20, offset + size - at)))
+
+    def sync(self) -> None:
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise ImageError(self._subject, f"cannot be synced: {why(error)}") from error
+
+
+# Printing.
+
+
+def _superblock_fields(block: Superblock | None) -> dict[str, object]:
+    if block is None:
+        return {"damaged": True}
+    fields = dict(vars(block))
+    return {key: value.hex() if isinstance(value, bytes) else value for key, value in fields.items()}
+
+
+def _print_superblocks(console: Console, finding: Finding) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("superblock", "A", "B"):
+        table.add_column(heading, overflow="fold")
+    a, b = (_superblock_fields(copy) for copy in finding.copies)
+    for key in [*a, *(key for key in b if key not in a)]:
+        values = str(a.get(key, "")), str(b.get(key, ""))
+        table.add_row(key.replace("_", " "), values[0], "same" if values[0] == values[1] else values[1])
+    console.print(table)
+
+
+def _print_log(console: Console, finding: Finding) -> None:
+    block, walk = finding.superblock, finding.walk
+    assert block is not None
+    assert walk is not None
+    used = walk.head_address - block.tail_address
+    payload = sum(record.payload_blocks for record in walk.records)
+    console.print()
+    console.print(
+        f"log: {_size(used * 4096)} of {_size(block.ring_blocks * 4096)}, {_count(len(walk.records), 'record')}, "
+        f"{_size(payload * 4096)} of data; addresses {block.tail_address} to {walk.head_address}, "
+        f"clean below {block.clean_address}, durable below {block.durable_address}"
+    )
+    if finding.replay:
+        blocks = sum(len(group.slots) for group in finding.replay)
+        console.print(f"RAM tier: {_count(len(finding.replay), 'more record')}, {_size(blocks * 4096)} of data")
+
+
+def _print_dirty(console: Console, finding: Finding, top: int) -> None:
+    from rich.table import Table
+
+    from vhostcache.log import offline
+
+    block, walk = finding.superblock, finding.walk
+    assert block is not None
+    assert walk is not None
+    objects = offline.DirtyMap(walk.records, block.clean_address).summary()
+    data = sum(one.data_blocks for one in objects)
+    zeroes = sum(one.zero_blocks for one in objects)
+    console.print(
+        f"dirty: {_size(data * 4096)} of data and {_size(zeroes * 4096)} of zeroes, "
+        f"in {_count(len(objects), 'object')} of {_size(offline.OBJECT_BYTES)}"
+    )
+    if not objects or top == 0:
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("object", "offset", "dirty data", "zeroes"):
+        table.add_column(heading, justify="right")
+    for one in objects[:top]:
+        table.add_row(
+            str(one.number),
+            str(one.number * offline.OBJECT_BYTES),
+            _size(one.data_blocks * 4096),
+            _size(one.zero_blocks * 4096),
+        )
+    console.print(table)
+    if len(objects) > top:
+        console.print(f"and {len(objects) - top} more")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' if number != 1 else ''}"
+
+
+def _size(size_bytes: int) -> str:
+    value, unit = float(size_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.1f} {unit}"

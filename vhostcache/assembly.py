@@ -27,7 +27,7 @@ from typing import Any, Final
 from vhostcache import identity
 from vhostcache.backend.base import Backend
 from vhostcache.backend.mark import Mark
-from vhostcache.cachefile import CacheFile
+from vhostcache.cachefile import HEAD_BYTES, CacheFile
 from vhostcache.cachefile import subject as cache_subject
 from vhostcache.config import VolumeConfig, format_size
 from vhostcache.errors import CacheError, UsageError
@@ -141,15 +141,16 @@ class CacheClaim:
             return self._discarded(refusal.found)
 
     def _superblock(self) -> Superblock | None:
-        copies = [superblock.unpack(block) for block in self._copies()]
-        return superblock.newest(*copies)
+        return superblock.newest(*self._superblocks())
+
+    def _superblocks(self) -> list[Superblock | None]:
+        return [superblock.unpack(block) for block in self._copies()]
 
     def _copies(self) -> list[bytes]:
         assert self.file is not None
         offsets = (superblock.A_OFFSET_BYTES, superblock.B_OFFSET_BYTES)
-        if self.file.size_bytes < max(offsets) + 4096:
-            return [b"", b""]
-        return [self.file.read(offset, 4096) for offset in offsets]
+        end = self.file.size_bytes
+        return [self.file.read(offset, 4096) if offset + 4096 <= end else b"" for offset in offsets]
 
     def _looks_like_a_cache(self) -> bool:
         return any(superblock.version_in(block) is not None for block in self._copies())
@@ -157,7 +158,7 @@ class CacheClaim:
     def _refuse_another_size(self, found: Superblock) -> None:
         assert self.file is not None
         asked = self._config.cache.size
-        made = (1 << 20) + found.ring_blocks * 4096
+        made = HEAD_BYTES + found.ring_blocks * 4096
         if asked is not None and not self.file.is_device and asked != made and self.file.size_bytes >= made:
             raise UsageError(
                 cache_subject(self.path),
@@ -207,7 +208,7 @@ class CacheClaim:
         self.recovered = recovered = self._recover(boot)
         self._report(recovered, time.monotonic() - began_s)
         block = recovered.superblock
-        self._folder.remove(block.uuid, keep=block.tier_uuid)
+        self._folder.remove(block.uuid, keep=[block.tier_uuid])
         self._mark(Mark(block.uuid, block.epoch, dirty=True))
         return recovered
 
@@ -280,9 +281,11 @@ class CacheClaim:
         assert self.file is not None
         assert self._folder is not None
         before = self._superblock()
-        if before is None:
+        if before is None or self.file.size_bytes < HEAD_BYTES:
             return recovery.recover(self.file, None, boot, subject=cache_subject(self.path))  # it refuses
         name = uuid.uuid4().bytes
+        # What starts that failed have left must not add up.
+        self._folder.remove(before.uuid, keep=[copy.tier_uuid for copy in self._superblocks() if copy is not None])
         self.tier_fd = self._folder.create(before.uuid, name, self.layout.size_bytes)
         os.pwrite(self.tier_fd, tier.pack_header(self.layout, before.uuid, boot, name, before.epoch + 1), 0)
         try:

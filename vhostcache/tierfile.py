@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from typing import Final
 
 from vhostcache.errors import CacheError, why
@@ -104,10 +105,10 @@ class TierFolder:
             raise CacheError(f"RAM tier '{path}'", f"cannot be allocated: {why(error)}") from error
         return descriptor
 
-    def remove(self, volume: bytes, keep: bytes | None = None) -> None:
-        """This volume's files, but for the one to keep."""
-        kept = os.path.basename(self.file_path(volume, keep)) if keep is not None else ""
+    def remove(self, volume: bytes, keep: Iterable[bytes] = ()) -> None:
+        """This volume's files, but for those to keep."""
+        kept = {os.path.basename(self.file_path(volume, tier)) for tier in keep}
         for name in os.listdir(self.path):
-            if name.startswith(f"{volume.hex()}.") and name != kept:
+            if name.startswith(f"{volume.hex()}.") and name not in kept:
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.path, name))

@@ -55,7 +55,7 @@ def test_one_file_is_found_and_the_others_of_the_volume_are_removed(folder: Path
     found = tiers.open(VOLUME, FIRST)
     assert found is not None
     os.close(found)
-    tiers.remove(VOLUME, keep=SECOND)
+    tiers.remove(VOLUME, keep=[SECOND])
     assert tiers.open(VOLUME, FIRST) is None
     assert len(os.listdir(tiers.path)) == 2
     tiers.remove(VOLUME)

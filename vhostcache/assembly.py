@@ -218,14 +218,14 @@ class CacheClaim:
             self._made_file = True
             for warning in self.file.warnings:
                 self._tell("warning", warning.event, warning.fields)
-        elif self._judgement.action is not Action.USE and not self.file.is_device:
-            self.file.allocate(max(self._new_size_bytes(), self.file.size_bytes))
         elif self.file.is_sparse:
             self.file.allocate(self.file.size_bytes)
 
     def _begin_anew(self) -> None:
         """An empty log. The image is told, before it can have anything."""
         assert self.file is not None
+        if self.file.size_bytes < self._new_size_bytes():
+            self.file.allocate(self._new_size_bytes())
         new = uuid.uuid4().bytes
         block = recovery.create(self.file, new, identity.backend_facts(image_of(self._backend), None))
         state = superblock.WRITE_CACHE_ON if self._config.cache_mode.writeback else superblock.WRITE_CACHE_OFF

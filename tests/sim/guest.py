@@ -203,17 +203,22 @@ class Guest:
                     raise Wrong(f"{request} is published without block {block}")
 
     def _publish_zeroes(self, data: dict[int, bytes], zeroed: set[int]) -> None:
-        everything = zeroed | data.keys()
+        """Find the discard or write-zeroes: whole blocks are published as zeroes, parts of blocks as data."""
         for request in self.live.values():
             if request.kind not in ZERO_KINDS or request.accepted:
                 continue
-            if {piece[0] for piece in request.pieces} != everything:
+            parts = {
+                block: (block, first, end, content)
+                for block, first, end, content in request.pieces
+                if first or (end != SECTORS and block * SECTORS + end != self.size_sectors)
+            }
+            whole = {piece[0] for piece in request.pieces} - parts.keys()
+            if whole != zeroed or parts.keys() != data.keys():
                 continue
-            for block, first, end, _ in request.pieces:
-                if block in data:
-                    old = self.state[block]
-                    if data[block] != old[: first * SECTOR] + bytes((end - first) * SECTOR) + old[end * SECTOR :]:
-                        break
+            for block, (_, first, end, _) in parts.items():
+                old = self.state[block]
+                if data[block] != old[: first * SECTOR] + bytes((end - first) * SECTOR) + old[end * SECTOR :]:
+                    break
             else:
                 self.accept(request)
                 return
@@ -241,7 +246,7 @@ class Guest:
                 self._accept_without_effect(request)
             if request.index >= self.answered:
                 self.answered = request.index + 1
-            if request.durable and request.index >= self.floor:
+            if request.durable and self.write_through and request.index >= self.floor:
                 self.floor = request.index + 1
 
     def _accept_without_effect(self, request: Request) -> None:

@@ -29,6 +29,8 @@ class Medium:
         self.reported: dict[int, bytes] = {}
         """What a sync issued now covers."""
         self.rng = rng
+        self.stamp = 1
+        """Moves with each write, as a file's mtime does."""
 
     def land(self, block: int, data: bytes) -> None:
         """A write arrives in the device's cache."""
@@ -38,6 +40,7 @@ class Medium:
         else:
             versions.append(data)
         self.live[block] = data
+        self.stamp += 1
 
     def tear(self, block: int, data: bytes) -> bytes:
         """What a write that was cut short leaves: some sectors new, the others as they were."""

@@ -35,7 +35,6 @@ from vhostcache.log_volume import LogVolume, LogVolumeSettings
 
 MILLISECOND: Final = 1_000_000
 UUID: Final = bytes(range(16))
-BACKEND: Final = BackendFacts(b"image", 1 << 20, 1)
 GROUPS: Final = 160
 """Fewer than the engine has: running out of them is to happen too."""
 CHANGES: Final = (op.REQUEST_DISCARD, op.REQUEST_ZERO, op.REQUEST_ZERO_UNMAP)
@@ -183,9 +182,12 @@ class World:
     def boot_id(self) -> bytes:
         return self.boot.to_bytes(16, "little")
 
+    def backend_facts(self) -> BackendFacts:
+        return BackendFacts(b"image", self.guest.size_sectors * SECTOR, self.backend.stamp)
+
     def create(self) -> None:
         """A new cache file."""
-        recovery.create(SyncDisk(self.cache), UUID, BACKEND)
+        recovery.create(SyncDisk(self.cache), UUID, self.backend_facts())
 
     def open(self) -> bool:
         """Recover, start the core, read everything; False if the log was refused, and rightly so."""
@@ -220,7 +222,7 @@ class World:
         new = Tier(size.entries, [ZEROES] * size.slots, name, block.epoch + 1 if block else 1)
         self.tiers[name] = new
         found = old.found(UUID, self.boot_id()) if old else None
-        recovered = recovery.recover(disk, found, self.boot_id(), BACKEND, tier_uuid=name)
+        recovered = recovery.recover(disk, found, self.boot_id(), self.backend_facts(), tier_uuid=name)
         self.tiers = {name: new}
         return recovered, new
 
@@ -280,10 +282,11 @@ class World:
         guest.settled(disk, self.guest_died)
         if self.guest_died:
             guest.write_through = self.sizes.acknowledge_durable and not self.sizes.ignore_flush
-        self.guest_died = self.closed_cleanly = False
         self.volume.connected()
-        if guest.homeless and self.rng.random() < 0.5:
+        if not self.guest_died and not self.closed_cleanly:
+            # The in-flight area that the front-end brings has been used. After a shutdown the log itself must know.
             self.volume.write_cache_unknown()
+        self.guest_died = self.closed_cleanly = False
         self.resubmit()
         return True
 
@@ -487,7 +490,7 @@ class World:
         """A clean shutdown: the front-end goes first."""
         self.note("close")
         self.leave()
-        self.volume.close(lambda: 0)
+        self.volume.close(lambda: self.backend.stamp)
         self.engine.deadline_ns = 0
         self.until(lambda: self.volume.closed, "close")
         self.states["clean shutdown"] += 1

@@ -10,7 +10,7 @@ import random
 import struct
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from crc32c import crc32c
 
@@ -100,6 +100,16 @@ class Io:
         return f"{KIND_NAMES[self.kind]} {self.block}+{self.count} group {self.group:#x}"
 
 
+class LogRecord(NamedTuple):
+    """A record as it was written, from `block` of the cache file on."""
+
+    block: int
+    count: int
+    seq: int
+    durable_seq: int
+    data: list[bytes]
+
+
 class Engine:
     """See the module. `countdown` operations more, then a Crash (negative: never)."""
 
@@ -138,6 +148,7 @@ class Engine:
         self.deadline_ns = 0
         self.trace = False
         self.record_blocks = 1 << 20
+        self.records: list[LogRecord] = []
         self.states: Counter[str] = Counter()
 
     # --- the turn, as the daemon's loop has it ---
@@ -402,6 +413,8 @@ class Engine:
         assert io.block + io.count <= RING_BLOCK + self.ring_blocks, "a record beyond the ring's end"
         io.slots = header_slots + slots
         io.data = [self.slab[slot] for slot in io.slots]
+        if not repeat:
+            self.records.append(LogRecord(io.block, io.count, header_words[2], header_words[6], io.data))
         self._begin(io)
 
     def _remember_crcs(self, header: bytes, words: list[int], offset: int, headers: int, count: int) -> None:

@@ -311,6 +311,15 @@ class Guest:
             raise Wrong(self._explain(disk, floor))
         return matching
 
+    def check_known(self, disk: list[bytes | None]) -> None:
+        """Every sector must be zeroes, or something that was once written there."""
+        for block, content in enumerate(disk):
+            for i in range(0, BLOCK if content else 0, SECTOR):
+                assert content is not None
+                value = value_of(content[i : i + SECTOR])
+                if value != "0" and not value.endswith(f"@{block * SECTORS + i // SECTOR}"):
+                    raise Wrong(f"block {block} holds {value}, which was never written there")
+
     def _explain(self, disk: list[bytes | None], floor: int) -> str:
         lines = [f"the disk is no prefix of the {len(self.accepted)} accepted changes from {floor} on:"]
         for block in range(self.blocks):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vhostcache import operations as op
-from vhostcache.fill import Fill, ReadJob
+from vhostcache.fill import NOBODY, Fill, ReadJob
 from vhostcache.guest_requests import (
     STREAM_REQUEST_SECTORS,
     DirectRead,
@@ -75,6 +75,7 @@ class LogVolume(GuestRequests):
         ring_blocks = recovered.ring_blocks
         usable = settings.slots - op.FIRST_SLOT
         object_blocks = settings.object_bytes // op.BLOCK_BYTES
+        assert object_blocks <= usable // 2, "an object has to fit the slots set apart for destaging"
         self._index = LogIndex(block_map.object_shift, recovered.tail_address)
         self._writer = LogWriter(
             block_map,
@@ -105,7 +106,7 @@ class LogVolume(GuestRequests):
                 object_blocks=object_blocks,
                 destage_after_ns=settings.destage_after_ns,
                 threshold_blocks=ring_blocks * settings.destage_threshold_percent // 100,
-                staging_blocks=min(max(object_blocks, usable // 8), usable // 3),
+                staging_blocks=max(object_blocks, usable // 8),
                 enabled=settings.destage,
             ),
             self.notices,
@@ -114,6 +115,9 @@ class LogVolume(GuestRequests):
             self._io, self._writer, self._index, superblock, settings.checkpoint_interval_ns
         )
         self._fills.log_done = self._log_read_done
+        self._favourite = NOBODY
+        """The tag of the request that may read into RAM while slots are scarce, and the slots it keeps."""
+        self._kept: list[int] = []
         self._closing = False
         self.closed = False
         self._swept = 0
@@ -376,12 +380,18 @@ class LogVolume(GuestRequests):
     def _commit(self, tag: int) -> None:
         self._writer.commit(tag)
 
+    def _drop_waiting(self) -> None:
+        super()._drop_waiting()
+        self._let_go()
+
     def _drop_commits(self) -> list[int]:
         return self._writer.drop_waiters()
 
     def _retry_filled(self, request: Parked, result: int) -> None:
         if result < 0:
             self._notice_error("read", result)
+            if self._favourite == request[1]:
+                self._let_go()
             self._complete(request[1], op.STATUS_IOERR)
         else:
             # Ahead of those that wait for room: it came before them, and the block might be evicted again while it
@@ -390,20 +400,48 @@ class LogVolume(GuestRequests):
 
     # --- changes ---
 
+    def _may_fill(self, request: Parked) -> bool:
+        """Whether a request may read what it needs into RAM. While slots are scarce only one may at a time, and keeps
+        what it has got, so that requests do not evict each other's blocks for ever."""
+        if len(self._map.free) > op.BLOCK_SECTORS:
+            return True
+        if self._favourite == NOBODY:
+            self._favourite = request[1]
+        return self._favourite == request[1]
+
+    def _keep(self, block: int) -> None:
+        slot = self._map.where[block]
+        if self._map.state[slot] == CLEAN:
+            self._map.state[slot] = PINNED
+            self._kept.append(slot)
+
+    def _let_go(self) -> None:
+        """The favourite goes on, or has gone."""
+        state = self._map.state
+        for slot in self._kept:
+            if state[slot] == PINNED:
+                state[slot] = CLEAN
+                self._cache.admit(slot)
+            else:
+                assert state[slot] == ORPHAN
+                self._map.release(slot)
+        self._kept = []
+        self._favourite = NOBODY
+
     def _missing_base(self, request: Parked, blocks: Sequence[int]) -> bool | None:
         """Blocks of which only a part is changed need their newest content in RAM, or to be zero. None: they have it.
         Else the request is parked (True) or waits for room (False)."""
         for block in blocks:
             if block in self._map.where:
-                # It must not be evicted while the other one is read.
-                self._cache.hits[self._map.where[block]] = HITS_MAX
+                if self._favourite == request[1]:
+                    self._keep(block)
                 continue
             value = self._index.lookup(block)
             if value & 1:
                 continue
             fill = self._fills.by_block.get(block)
             if fill is None:
-                if not self._io.available() or not self._room_for(1):
+                if not self._io.available() or not self._may_fill(request) or not self._room_for(1):
                     self._wait(request)
                     return False
                 fill = self._begin_fill(block, 1, value >> 1)
@@ -412,7 +450,10 @@ class LogVolume(GuestRequests):
         return None
 
     def _wait(self, request: Parked) -> None:
-        self._room.append(request)
+        if request[1] == self._favourite:
+            self._room.appendleft(request)
+        else:
+            self._room.append(request)
         self._writer.commit_soon()
 
     def _take_slots(self, count: int, kept: Sequence[int]) -> list[int]:
@@ -440,7 +481,7 @@ class LogVolume(GuestRequests):
             partial.append(end - 1)
         count = end - first
         if not self._writer.take_room(count, 0, count):
-            self._room.append(request)
+            self._wait(request)
             return False
         if partial:
             outcome = self._missing_base(request, partial)
@@ -452,6 +493,8 @@ class LogVolume(GuestRequests):
             return False
         for block in partial:
             self._copy_base(block, slots[block - first])
+        if self._favourite == tag:
+            self._let_go()
         entries: list[int] = []
         for block, slot in enumerate(slots, first):
             self._place(block, slot)
@@ -525,7 +568,7 @@ class LogVolume(GuestRequests):
         if first < end and record is not None and any(first <= block < end for block in record.slots):
             writer.seal()  # the extent has its header's address, which is older than that of any payload in the record
         if not writer.take_room(len(parts), 1, len(parts) + 1):
-            self._room.append(request)
+            self._wait(request)
             return False
         if changed:
             outcome = self._missing_base(request, changed)
@@ -535,6 +578,8 @@ class LogVolume(GuestRequests):
         if parts and not slots:
             self._wait(request)
             return False
+        if self._favourite == tag:
+            self._let_go()
         entries: list[int] = []
         if first < end:
             kind = fmt.ZERO if what & op.REQUEST_KIND_MASK == op.REQUEST_ZERO else fmt.DISCARD
@@ -657,7 +702,8 @@ class LogVolume(GuestRequests):
         room or nothing to gain, directly."""
         payload, size, skip = self._part_bytes(sector, sectors, first, end)
         whole = size == (end - first) * op.BLOCK_BYTES
-        wanted = end - first + (1 if whole and (sector | sectors) & 7 else 0)  # leaves one for a ragged end
+        last = (sector + sectors + 7) >> 3
+        wanted = end - first + (1 if (sector | sectors) & 7 and end < last else 0)  # leaves one for a ragged end
         if not (bypass and (whole or not address)) and self._room_for(wanted):
             self._join(job, self._begin_fill(first, end - first, address), sector, sectors, first, end)
             return

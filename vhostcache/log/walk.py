@@ -1,8 +1,9 @@
 """Reading the log from its tail to its end.
 
 Owns the rules by which a record belongs where it is found, and so where the log ends. A record belongs when magic and
-volume, address, seq, epoch, the crc of the header before it and its own crc hold, and, from the durable address on,
-the crc of every payload block. Below the durable address only headers are read.
+volume, address, seq, epoch, the crc of the header before it and its own crc hold, and the crc of every payload block.
+The payload is read only where it may not have arrived: from the durable address on, and behind the last record that a
+later one says was durable. Damage elsewhere does not end the log; it is found when the block is read.
 
 It says where the log ends and why, and never decides whether it may end there: that is recovery.py. It only reads.
 """
@@ -10,6 +11,7 @@ It says where the log ends and why, and never decides whether it may end there: 
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
@@ -90,7 +92,6 @@ def walk(
     superblock: Superblock,
     *,
     stop_address: int = NEVER,
-    verify_all: bool = False,
     progress: Progress | None = None,
     visit: Visit | None = None,
 ) -> Walk:
@@ -103,38 +104,52 @@ def walk(
     judge = _Judge(superblock)
     tail, durable = superblock.tail_address, superblock.durable_address
     address, seq = tail, superblock.tail_seq
+    unsure: deque[RecordHeader] = deque()
+    """Whole headers whose payload may not have arrived: nothing has said yet that they were durable."""
+    last: RecordHeader | None = None
+    dirty: tuple[int, int] | None = None
     ahead = 1
     end = ""
-    count = 0
-    dirty: tuple[int, int] | None = None
+
+    def accept(header: RecordHeader) -> None:
+        nonlocal last, dirty
+        last = header
+        after = header.address + header.blocks
+        if dirty is None and after > superblock.clean_address:
+            dirty = header.address, header.seq
+        keep(
+            RecordFacts(
+                header.address, header.seq, header.header_blocks, header.payload_blocks, header.extents, header.crcs
+            )
+        )
+        if progress and header.seq % PROGRESS_RECORDS == 0:
+            progress(after - tail, max(after, durable) - tail)
+
     while address < stop_address:
         header = reader.header(address, ahead)
-        if header is None:
-            end = "there is no whole record header"
+        end = judge.refuses(header, address, seq) if header else "there is no whole record header"
+        if header is None or end:
             break
-        end = judge.refuses(header, address, seq)
-        if end:
-            break
-        blocks = header.blocks
-        if header.payload_blocks and (address >= durable or verify_all):
-            end = _payload_fault(reader, header)
-            if end:
-                break
-        keep(RecordFacts(address, seq, header.header_blocks, header.payload_blocks, header.extents, header.crcs))
         judge.accept(header)
-        if dirty is None and address + blocks > superblock.clean_address:
-            dirty = address, seq
-        address += blocks
+        while unsure and unsure[0].seq <= header.durable_seq:
+            accept(unsure.popleft())
+        if address < durable:
+            accept(header)
+        else:
+            unsure.append(header)
+        address += header.blocks
         seq += 1
-        # From the durable address on, the payload will be read as well.
-        ahead = READ_AHEAD_BLOCKS if blocks < SMALL_RECORD_BLOCKS or address >= durable or verify_all else 1
-        count += 1
-        if progress and count % PROGRESS_RECORDS == 0:
-            progress(address - tail, max(address, durable) - tail)
+        ahead = READ_AHEAD_BLOCKS if header.blocks < SMALL_RECORD_BLOCKS else 1
+    for header in unsure:
+        fault = _payload_fault(reader, header)
+        if fault:
+            end, address, seq = fault, header.address, header.seq
+            break
+        accept(header)
     if progress:
         progress(address - tail, address - tail)
-    dirty_address, dirty_seq = dirty or (address, seq)
-    return Walk(address, seq, judge.previous_crc, judge.last_epoch, dirty_address, dirty_seq, end, records)
+    crc, epoch = (last.crc, last.epoch) if last else (0, 0)
+    return Walk(address, seq, crc, epoch, *(dirty or (address, seq)), end, records)
 
 
 def look_ahead(disk: Disk, superblock: Superblock, end_address: int, missing_seq: int) -> RecordHeader | None:
@@ -210,8 +225,8 @@ class _Judge:
     def __init__(self, superblock: Superblock) -> None:
         self._superblock = superblock
         self._magic = record_magic(superblock.uuid)
-        self.previous_crc = 0
-        self.last_epoch = 0
+        self._previous_crc = 0
+        self._last_epoch = 0
         self._first = True
 
     def refuses(self, header: RecordHeader, address: int, seq: int) -> str:
@@ -224,9 +239,9 @@ class _Judge:
         if seq >= superblock.open_seq:
             if header.epoch != superblock.epoch:
                 return f"there is a record of epoch {header.epoch} and not {superblock.epoch}"
-        elif not self.last_epoch <= header.epoch < superblock.epoch:
+        elif not self._last_epoch <= header.epoch < superblock.epoch:
             return f"there is a record of epoch {header.epoch}"
-        if not self._first and header.previous_crc != self.previous_crc:
+        if not self._first and header.previous_crc != self._previous_crc:
             return "there is a record that follows another one"
         end = address + header.blocks
         if header.blocks > blocks_to_ring_end(address, superblock.ring_blocks):
@@ -240,8 +255,8 @@ class _Judge:
         return ""
 
     def accept(self, header: RecordHeader) -> None:
-        self.previous_crc = header.crc
-        self.last_epoch = header.epoch
+        self._previous_crc = header.crc
+        self._last_epoch = header.epoch
         self._first = False
 
 

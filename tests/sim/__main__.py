@@ -7,6 +7,7 @@ import traceback
 
 from tests.sim import canaries
 from tests.sim.runner import Outcome, run_parallel, run_seed
+from tests.sim.world import STATES
 
 
 def main() -> int:
@@ -38,7 +39,7 @@ def main() -> int:
             shown = now
             print(
                 f"{total.seeds} of {options.seeds} seeds, {total.seeds / (now - begun):.0f}/s, "
-                f"{len(total.states)} of {len(canaries.STATES)} states reached, {len(total.failures)} failures",
+                f"{len(total.states)} of {len(STATES)} states reached, {len(total.failures)} failures",
                 flush=True,
             )
     _report(total, time.monotonic() - begun)
@@ -61,7 +62,7 @@ def _report(total: Outcome, seconds: float) -> None:
     print(f"{total.seeds} seeds in {seconds:.1f} s, {total.seeds / max(seconds, 0.001):.0f}/s")
     for state, seeds in sorted(total.states.items(), key=lambda item: -item[1]):
         print(f"  {seeds:8d} seeds  {state}")
-    for state in sorted(set(canaries.STATES) - total.states.keys()):
+    for state in sorted(set(STATES) - total.states.keys()):
         print(f"     never        {state}")
     for seed, text in total.failures:
         print(f"FAILED seed {seed}: {text}\n  again: python -m tests.sim --seed {seed} --trace")

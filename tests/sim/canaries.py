@@ -1,15 +1,289 @@
-"""Planted bugs, each of which the simulator must find, and the states that it must reach.
+"""Planted bugs, each of which the simulator must find: otherwise it is not working.
 
 A canary is a patch of the code under test, never a switch in it. `plant` lasts as long as the process does.
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-STATES: Final = ()
+from vhostcache import guest_requests, log_volume
+from vhostcache.fill import Fills
+from vhostcache.log import checkpoint, destage, recovery, walk, writer
+from vhostcache.log.superblock import A_OFFSET_BYTES, B_OFFSET_BYTES
+from vhostcache.map import DIRTY, WRITING
+
 CANARIES: Final[dict[str, Callable[[], None]]] = {}
 
 
 def plant(name: str) -> None:
     """Switch a bug on."""
     CANARIES[name]()
+
+
+def canary(function: Callable[[], None]) -> Callable[[], None]:
+    """By its name, with hyphens."""
+    CANARIES[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def _patch(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """`wrapper` is called with the original function before its own arguments."""
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *arguments, **named: wrapper(original, *arguments, **named))
+
+
+# What the writer and the destager do.
+
+
+@canary
+def destage_what_is_not_durable() -> None:
+    """Hazard 1: the newest version goes to the backend, not the durable one."""
+
+    def choose(original: Any, self: Any, chosen: Any, block: int, value: int, fetch: Any) -> None:
+        slot = self._map.where.get(block)
+        if slot is not None and self._map.state[slot] in (DIRTY, WRITING):
+            chosen.blocks.append(block)
+            chosen.slots.append(slot)
+        else:
+            original(self, chosen, block, value, fetch)
+
+    _patch(destage.LogDestager, "_choose_source", choose)
+
+
+@canary
+def ring_space_before_the_superblock_is_durable() -> None:
+    """Hazard 5."""
+
+    def begin(original: Any, self: Any) -> None:
+        original(self)
+        self._writer.free_below = self._running.tail_address + self._writer.ring_blocks
+
+    _patch(checkpoint.Checkpointer, "_begin", begin)
+
+
+@canary
+def zeroes_behind_newer_data_of_their_record() -> None:
+    """Hazard 8: no new record is begun for an extent of zeroes that follows data of the same blocks."""
+
+    def zero(original: Any, self: Any, request: Any) -> Any:
+        first, end = (request[2] + 7) >> 3, (request[2] + request[3]) >> 3
+        record = self._writer.open
+        if record is None or not any(first <= block < end for block in record.slots):
+            return original(self, request)
+        seal = self._writer.seal
+        self._writer.seal = lambda: setattr(self._writer, "seal", seal)
+        try:
+            return original(self, request)
+        finally:
+            self._writer.seal = seal
+
+    _patch(log_volume.LogVolume, "_zero", zero)
+
+
+@canary
+def flush_without_the_records_in_flight() -> None:
+    """Hazard 14: a fdatasync is issued, and believed, before all records it should cover have been written."""
+
+    def begin(original: Any, self: Any) -> None:
+        original(self)
+        self._written_seq = max(self._written_seq, self._commit_seq)
+
+    _patch(writer.LogWriter, "_begin_commit", begin)
+
+
+@canary
+def no_fdatasync() -> None:
+    """Written counts as durable."""
+
+    def start(_: Any, self: Any) -> None:
+        flush = writer.LogFlush(self, self._written_seq, self._sync_waiters)
+        self._sync_waiters = []
+        self.flushed(flush, 0)
+
+    _patch(writer.LogWriter, "_start_flush", start)
+
+
+@canary
+def only_the_failed_fdatasync_again() -> None:
+    """Hazard 14: after a failed fdatasync nothing is written again."""
+    _patch(writer.LogWriter, "_lose", lambda original, self: None)
+
+
+@canary
+def entries_retired_when_written() -> None:
+    """The RAM tier gives up what is written and not yet durable."""
+
+    def written(original: Any, self: Any, record: Any, result: int) -> None:
+        original(self, record, result)
+        if record.written and record is self._records[0] and record.entries_end > self._retired:
+            self._retired = record.entries_end
+            self._io.retire(record.entries_end)
+
+    _patch(writer.LogWriter, "record_written", written)
+
+
+@canary
+def tail_moved_before_the_backend_flush() -> None:
+    """Written to the backend counts as durable there."""
+
+    def start(_: Any, self: Any) -> None:
+        written, self._written = self._written, []
+        self._finish(self._flushed + written)
+
+    _patch(destage.LogDestager, "_start_flush", start)
+
+
+@canary
+def superblock_in_place() -> None:
+    """Copy A alone is written, over and over."""
+
+    def write(original: Any, self: Any, offset: int) -> None:
+        original(self, A_OFFSET_BYTES)
+        self._offset = B_OFFSET_BYTES
+
+    _patch(checkpoint.Checkpointer, "_write", write)
+
+    def write_both(original: Any, disk: Any, block: Any, first: int) -> None:
+        disk.write(A_OFFSET_BYTES, block.pack())
+        disk.sync()
+
+    _patch(recovery, "_write_superblocks", write_both)
+
+
+@canary
+def write_cache_forgotten() -> None:
+    """Hazard 7: what the guest believes is not kept over a restart."""
+    _patch(log_volume.LogVolume, "_recall_write_cache", lambda original, self, state: None)
+
+
+# What the guest's requests meet.
+
+
+@canary
+def completion_before_publishing() -> None:
+    """A change is acknowledged before the RAM tier names it."""
+
+    def publish(_: Any, self: Any, entries: Any) -> None:
+        self.late = entries
+
+    def acknowledge(original: Any, self: Any, tag: int) -> None:
+        original(self, tag)
+        publish_now(self, self.late)
+
+    publish_now = log_volume.LogVolume._publish
+    _patch(log_volume.LogVolume, "_publish", publish)
+    _patch(log_volume.LogVolume, "_acknowledge", acknowledge)
+
+
+@canary
+def fill_without_the_race_check() -> None:
+    """Hazard 9: a write does not poison the fill in flight that it overtakes."""
+    _patch(Fills, "poison", lambda original, self, block: None)
+    _patch(Fills, "poison_range", lambda original, self, first, end: None)
+
+
+@canary
+def parked_requests_survive_their_connection() -> None:
+    """Hazard 2: what waits for a fill is executed although its front-end has gone."""
+
+    def drop(original: Any, self: Any) -> None:
+        retries = [(fill, list(fill.retries)) for fill in self._fills.running]
+        original(self)
+        for fill, requests in retries:
+            fill.retries += requests
+
+    _patch(guest_requests.GuestRequests, "_drop_waiting", drop)
+
+
+@canary
+def partial_block_without_its_newest_content() -> None:
+    """Hazard 26: the rest of a partial block is taken from nowhere."""
+
+    def copy(_: Any, self: Any, block: int, slot: int) -> None:
+        self._io.zero_slot(slot, 0, 4096)
+
+    _patch(log_volume.LogVolume, "_copy_base", copy)
+
+
+# What recovery does.
+
+
+@canary
+def epoch_in_one_superblock() -> None:
+    """Hazard 4: the new epoch stands in one copy until the next checkpoint."""
+
+    def write(original: Any, disk: Any, block: Any, first: int) -> None:
+        disk.write(first, block.pack())
+        disk.sync()
+
+    _patch(recovery, "_write_superblocks", write)
+
+
+@canary
+def tier_of_this_epoch_only() -> None:
+    """Hazard 13: after a crash in recovery the RAM tier is of the epoch before."""
+    original = recovery._Situation.tier_is_named.fget
+    assert original is not None
+
+    def named(self: Any) -> bool:
+        return original(self) and self.offered_tier.epoch == self.superblock.epoch
+
+    recovery._Situation.tier_is_named = property(named)  # type: ignore[method-assign, assignment]
+
+
+@canary
+def no_replay_of_the_tier() -> None:
+    """What only the RAM tier has is forgotten."""
+    _patch(recovery, "_groups", lambda original, tier, seq: ())
+
+
+@canary
+def no_payload_crc() -> None:
+    """A record whose header is whole counts as whole."""
+    _patch(walk, "_payload_fault", lambda original, reader, header: "")
+
+
+def _without_the_chain(original: Any, self: Any, header: Any, address: int, seq: int) -> str:
+    """The crc of the header before finds the same: it has to be off as well."""
+    return str(original(self, header._replace(previous_crc=self.previous_crc), address, seq))
+
+
+@canary
+def no_epoch() -> None:
+    """Records of any epoch count."""
+
+    def refuses(original: Any, self: Any, header: Any, address: int, seq: int) -> str:
+        epoch = self._superblock.epoch if seq >= self._superblock.open_seq else self.last_epoch
+        return _without_the_chain(original, self, header._replace(epoch=epoch), address, seq)
+
+    _patch(walk._Judge, "refuses", refuses)
+
+
+@canary
+def no_open_seq() -> None:
+    """Records of an earlier epoch count wherever they stand."""
+
+    def refuses(original: Any, self: Any, header: Any, address: int, seq: int) -> str:
+        if seq >= self._superblock.open_seq and header.epoch < self._superblock.epoch:
+            header = header._replace(epoch=self._superblock.epoch)
+        return _without_the_chain(original, self, header, address, seq)
+
+    _patch(walk._Judge, "refuses", refuses)
+
+
+@canary
+def lost_tier_accepted() -> None:
+    """Hazard 12: a RAM-tier file that is gone is not missed."""
+    original = recovery.recover
+
+    def recover(*arguments: Any, **named: Any) -> Any:
+        return original(*arguments, **named, accept_lost_tier=True)
+
+    recovery.recover = recover  # type: ignore[assignment]
+
+
+@canary
+def rot_taken_for_the_end() -> None:
+    """Hazard 6: nobody looks behind the end of the log, nor at the durable address."""
+    recovery._Situation.witness_seq = property(lambda self: 0)  # type: ignore[assignment, method-assign]
+    recovery._Situation.log_broken = property(lambda self: False)  # type: ignore[assignment, method-assign]

@@ -144,6 +144,8 @@ class Engine:
         self.incoming: list[tuple[int, int, int, int]] = []
         self.sources: dict[int, Request] = {}
         """Slot -> the write whose payload was copied there, until it is published."""
+        self.zeroed_parts: dict[int, tuple[int, int]] = {}
+        """Slot -> what was zeroed in it last, until it is published: first sector, end."""
         self.countdown = -1
         self.deadline_ns = 0
         self.trace = False
@@ -265,7 +267,9 @@ class Engine:
             self._store(next(words), 0, self.slab[argument])
         elif code == op.SLOT_ZERO:
             word = next(words)
-            self._store(argument, word & 0xFFFFFFFF, bytes(word >> 32))
+            offset, size = word & 0xFFFFFFFF, word >> 32
+            self._store(argument, offset, bytes(size))
+            self.zeroed_parts[argument] = (offset // SECTOR, (offset + size) // SECTOR)
         else:
             self._backend_operation(code, name, argument, words)
 
@@ -357,6 +361,7 @@ class Engine:
         data: dict[int, bytes] = {}
         zeroed: set[int] = set()
         found: set[Request] = set()
+        parts: set[tuple[int, int, int]] = set()
         for _ in range(count):
             word, slot = next(words), next(words)
             block, blocks, kind = log_format.split_extent(word)
@@ -368,6 +373,8 @@ class Engine:
                 data[block] = self.slab[slot]
                 if slot in self.sources:
                     found.add(self.sources.pop(slot))
+                elif slot in self.zeroed_parts:
+                    parts.add((block, *self.zeroed_parts.pop(slot)))
                 zeroed.discard(block)
             else:
                 assert kind in (log_format.ZERO, log_format.DISCARD)
@@ -376,7 +383,7 @@ class Engine:
                 for b in range(block, block + blocks):
                     data.pop(b, None)
             self.tier.append(seq, word, slot)
-        self.guest.published(data, zeroed, found)
+        self.guest.published(data, zeroed, found, parts)
 
     # --- the log ---
 

@@ -40,6 +40,58 @@ GROUPS: Final = 160
 """Fewer than the engine has: running out of them is to happen too."""
 CHANGES: Final = (op.REQUEST_DISCARD, op.REQUEST_ZERO, op.REQUEST_ZERO_UNMAP)
 
+STATES: Final = (
+    "a fill",
+    "a lost RAM tier is refused",
+    "a power loss lost what was not flushed",
+    "a record is written again",
+    "a record of zeroes only",
+    "a request with a record of its own",
+    "backend outage",
+    "backend read failed",
+    "backend sync failed",
+    "backend write failed",
+    "bit flip",
+    "blocks are destaged",
+    "cache read failed",
+    "cache sync failed",
+    "cache write failed",
+    "changes wait for room",
+    "checkpoint",
+    "clean shutdown",
+    "crash between two operations",
+    "crash in a backend flush",
+    "crash in a backend read",
+    "crash in a cache sync",
+    "crash in a checkpoint",
+    "crash in a destage",
+    "crash in a log read",
+    "crash in a log write",
+    "crash in recovery",
+    "drained",
+    "parked requests",
+    "power loss",
+    "process crash",
+    "reconnect",
+    "recovery: evict",
+    "recovery: replay",
+    "recovery: warm",
+    "resubmitted requests",
+    "rot found by a read",
+    "rot found by recovery",
+    "rot in the newest durable record passes for the end of the log",
+    "several records in flight",
+    "the RAM tier's ring is full",
+    "the backend is read into guest memory",
+    "the log is full",
+    "the log is read",
+    "the log is read into guest memory",
+    "the log wraps",
+    "write cache switched",
+    "zeroes are destaged",
+)
+"""What a run can reach; a test sees to it that all are reached."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -147,6 +199,8 @@ class World:
         self.flipped = False
         """A bit in the cache file has."""
         self.rot_may_pass = False
+        self.tier_lost = False
+        """Somebody has deleted the RAM-tier file while the guest lives."""
         self.records: list[LogRecord] = []
         """What the engine has written to the log, in order."""
         self.calm = False
@@ -176,6 +230,10 @@ class World:
             except Crash:
                 self.states["crash between two operations"] += 1
             self.stop()
+            if not (self.guest_died or self.closed_cleanly) and self.rng.random() < 0.03:
+                self.note("the RAM-tier file is deleted")
+                self.tiers = {}
+                self.tier_lost = True
         return self.states
 
     def note(self, text: str) -> None:
@@ -203,14 +261,21 @@ class World:
             disk = SyncDisk(self.cache, countdown)
             try:
                 recovered, tier = self.recover(disk)
-                break
             except Crash:
                 self.note(f"crash in recovery at its operation {countdown}")
                 self.states["crash in recovery"] += 1
                 self.stop()
+                continue
             except OperationError as error:
                 self.note(f"refused: {error}")
+                if self.tier_lost:
+                    self.states["a lost RAM tier is refused"] += 1
+                    self.power_loss()  # the way out: the guest is off
+                    continue
                 return self.refused(error)
+            if self.tier_lost:
+                raise Wrong("the log is opened although its RAM tier is lost")
+            break
         self.states[f"recovery: {recovered.finding.decision.name.lower()}"] += 1
         self.note(f"recovered: {recovered.finding.what}, {recovered}")
         self.start(recovered, tier)
@@ -567,7 +632,8 @@ class World:
             self.power_loss()
         else:
             self.note("the process dies" if not self.closed_cleanly else "the process ends")
-            self.states["process crash"] += not self.closed_cleanly
+            if not self.closed_cleanly:
+                self.states["process crash"] += 1
 
     def power_loss(self) -> None:
         self.note("power loss")
@@ -576,6 +642,7 @@ class World:
         self.cache.power_loss(mode)
         self.backend.power_loss(int(self.rng.random() * 4) if self.rng.random() < 0.5 else mode)
         self.tiers = {}
+        self.tier_lost = False
         self.boot += 1
         self.guest_died = True
 

@@ -109,6 +109,7 @@ soak: setup-test ## the random tests and fuzzers, SOAK_SECONDS each
 	@SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/pytest tests
 	@scripts/sanitize
 	@FUZZ_SECONDS=$(SOAK_SECONDS) scripts/fuzz
+	@KILLS=100 $(BIN)/avocado run --max-parallel-tasks=1 --job-results-dir .cache/avocado avocado/cache.py
 
 .PHONY: lint
 lint: packages-lint $(STAMPS)/install ## ruff, mypy, import-linter, shellcheck, examples, the C with warnings as errors

@@ -33,7 +33,7 @@ from vhostcache.config import VolumeConfig, format_size
 from vhostcache.errors import CacheError, UsageError
 from vhostcache.identity import Action, Image, Judgement, RefusedError
 from vhostcache.log import recovery, superblock, tier
-from vhostcache.log.recovery import Recovered
+from vhostcache.log.recovery import Decision, Finding, Recovered
 from vhostcache.log.superblock import Superblock
 from vhostcache.log.tier import Tier, TierLayout
 from vhostcache.map import slots_for_ram
@@ -183,8 +183,9 @@ class CacheClaim:
             raise UsageError(cache_subject(self.path), "does not exist, or is empty", "--cache-size, to make it")
         return asked
 
-    def _discarded(self, reason: str) -> Judgement:
-        self._tell("warning", "dirty-data-discarded", {"cache": self.path, "reason": reason})
+    def _discarded(self, reason: str, dirty_bytes: int | None = None) -> Judgement:
+        fields = {"cache": self.path, "reason": reason, "dirty_bytes": dirty_bytes}
+        self._tell("warning", "dirty-data-discarded", fields)
         return Judgement(Action.FRESH, reason)
 
     # Opening.
@@ -199,7 +200,7 @@ class CacheClaim:
         self._make_file()
         assert self.file is not None
         if self._judgement.action is Action.COLD:
-            self._tell("warning", "cache-cold", {"cache": self.path, "reason": self._judgement.reason})
+            self._tell_cold(self._judgement.reason)
         if self._judgement.action is not Action.USE:
             self._begin_anew()
         elif self._discard:
@@ -241,7 +242,7 @@ class CacheClaim:
         # A newer program's cache is not lost, but for that program.
         if finding.error is not None and (finding.superblock is not None or self._is_our_version()):
             self._new_size_bytes()
-            self._judgement = self._discarded(finding.what)
+            self._judgement = self._discarded(finding.what, _dirty_bytes(finding))
             self._begin_anew()
 
     def _is_our_version(self) -> bool:
@@ -317,7 +318,12 @@ class CacheClaim:
 
         return told
 
+    def _tell_cold(self, reason: str) -> None:
+        self._tell("warning", "cache-cold", {"cache": self.path, "reason": reason})
+
     def _report(self, recovered: Recovered, took_s: float) -> None:
+        if recovered.finding.decision is Decision.COLD:
+            self._tell_cold(recovered.finding.what)
         self._tell(
             "info",
             "recovered",
@@ -380,3 +386,11 @@ class CacheClaim:
         for offset in (superblock.A_OFFSET_BYTES, superblock.B_OFFSET_BYTES):
             self.file.write(offset, block.pack())
             self.file.sync()
+
+
+def _dirty_bytes(finding: Finding) -> int | None:
+    """What of the log the image does not have, as far as the log could be read."""
+    if finding.superblock is None:
+        return None
+    head = finding.walk.head_address if finding.walk is not None else finding.superblock.durable_address
+    return max(0, head - finding.superblock.clean_address) * 4096

@@ -528,16 +528,18 @@ def _print_status(answers: list[Any]) -> None:
         uptime = _duration(float(answer["uptime_s"]))
         title = f"vhostcache {answer['version']}, process {answer['pid']}, {answer['state']} for {uptime}"
         table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for heading in ("volume", "state", "guest", "mode", "size", "dirty", "cached", "ram", "hits", "flushes"):
+        for heading in ("volume", "state", "guest", "mode", "size", "dirty", "cached", "ram", "log", "hits", "flushes"):
             table.add_column(heading, justify="left" if heading in ("volume", "state", "guest", "mode") else "right")
         for volume in answer["volumes"]:
             lookups = volume["hits"] + volume["misses"]
+            log = volume.get("cache")
             table.add_row(
                 Text(volume["name"]),
                 Text(volume["state"], style="" if volume["state"] == "serving" else "bold red"),
                 "connected" if volume["connected"] else "absent",
                 Text(volume["mode"] + (", read-only" if volume["read_only"] else "")),
                 *(_size(volume[key]) for key in ("size_bytes", "dirty_bytes", "cached_bytes", "ram_bytes")),
+                f"{100 * log['log_used_bytes'] / log['log_bytes']:.0f} %" if log else "-",
                 f"{100 * volume['hits'] / lookups:.0f} %" if lookups else "-",
                 f"{volume['flushes_received']:,}",
             )

@@ -61,7 +61,11 @@ _JOBS: Final = 4
 _ENDED: Final = object()
 _WATCH_SIGNALS: Final = 0  # the control server's numbers count up from 1, one for each start
 
-_LEVELS: Final = {"backend-recovered": "info", "no-direct-io": "warning"}  # of notices; the others are errors
+_LEVELS: Final = {
+    "backend-recovered": "info",
+    "cache-recovered": "info",
+    "no-direct-io": "warning",
+}  # of notices; the others are errors
 
 
 class State(Enum):
@@ -187,6 +191,8 @@ class Daemon:
 
         def tell(level: str, event: str, fields: dict[str, Any]) -> None:
             getattr(self._log, level)(event, volume=volume.name, **fields)
+            if event == "recovering":
+                _notify_supervisor(f"EXTEND_TIMEOUT_USEC={30 * 10**6}")
 
         if volume.cache.path is None:
             claim_without_cache(backend, discard, tell)

@@ -98,14 +98,14 @@ def with_cache(image: Image, path: str, superblock: Superblock) -> Judgement:
     _belongs(image, path, superblock)
     if image.mark is not None and image.mark.uuid != superblock.uuid:
         return Judgement(Action.COLD, f"{image.subject} has been used with another cache since")
-    if image.mark is None and image.can_be_marked and superblock.epoch > 0:
-        changed = "has lost the mark of its cache: it has been replaced, or used without it"
-        if not may_be_dirty(superblock):
-            return Judgement(Action.COLD, f"{image.subject} {changed}")
-        raise RefusedError(
-            image.subject, changed, f"as it was left to '{path}', which has data that is not in it", "restore the image"
-        )
-    return Judgement(Action.USE)
+    changed = _change(image, superblock)
+    if not changed:
+        return Judgement(Action.USE)
+    if not may_be_dirty(superblock):
+        return Judgement(Action.COLD, f"{image.subject} {changed}")
+    raise RefusedError(
+        image.subject, changed, f"as it was left to '{path}', which has data that is not in it", "restore the image"
+    )
 
 
 def may_be_dirty(superblock: Superblock) -> bool:
@@ -118,6 +118,19 @@ def backend_facts(image: Image, superblock: Superblock | None) -> BackendFacts:
     marked = superblock is not None and image.mark is not None and image.mark.uuid == superblock.uuid
     known = superblock.backend_identity if marked and superblock is not None else image.stamp.identity
     return BackendFacts(known, image.size_bytes, image.stamp.mtime_ns)
+
+
+def _change(image: Image, superblock: Superblock) -> str:
+    """What its mark says of an image that is not as the cache has left it; empty: nothing."""
+    if image.mark is None:
+        # It is marked before the first epoch begins.
+        if image.can_be_marked and superblock.epoch > 0:
+            return "has lost the mark of its cache: it has been replaced, or used without it"
+        return ""
+    # A start that dies may leave the mark behind the superblock. An orderly end cannot.
+    if superblock.clean and image.mark.epoch < superblock.epoch:
+        return f"is an old copy: its mark says epoch {image.mark.epoch}, its cache {superblock.epoch}"
+    return ""
 
 
 def _belongs(image: Image, path: str, superblock: Superblock) -> None:

@@ -1,5 +1,6 @@
 """A disk with a cache file, on the real daemon: what a kill leaves, what power loss leaves, and who is refused."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -586,9 +587,72 @@ def test_both_superblocks_damaged_is_said_and_can_be_given_up(disk: CachedDisk) 
     disk.assert_good()
 
 
+def test_an_old_copy_of_the_image_is_refused(disk: CachedDisk, tmp_path: Path) -> None:
+    dirty(disk)
+    subprocess.run(["cp", "-a", disk.image, tmp_path / "copy"], check=True)
+    disk.daemon.start()
+    write_pieces(disk, "newer")
+    disk.daemon.stop()
+    disk.image.rename(tmp_path / "newest")
+    shutil.move(tmp_path / "copy", disk.image)
+    assert "is an old copy: its mark says epoch 1, its cache 2" in disk.refused()
+
+
 def test_discarding_has_no_effect_on_a_cache_that_can_be_used(disk: CachedDisk) -> None:
     crashed(disk)
     disk.use("--discard-dirty-data")
     disk.daemon.start()
     assert has_pieces(disk, "dirty")
     assert not disk.daemon.events("dirty-data-discarded")
+
+
+# Block devices: no marks, and no size but their own.
+
+
+@pytest.fixture
+def loops() -> Iterator[Callable[[Path], Path]]:
+    """Files as block devices."""
+    with contextlib.ExitStack() as stack:
+
+        def make(file: Path) -> Path:
+            with file.open("ab") as device:
+                device.truncate(64 * MIB)
+            done = subprocess.run(["losetup", "--find", "--show", file], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"no loop devices here: {done.stderr.strip()}")
+            stack.callback(subprocess.run, ["losetup", "--detach", done.stdout.strip()], check=True)
+            return Path(done.stdout.strip())
+
+        yield make
+
+
+def test_image_and_cache_may_be_block_devices(
+    tmp_path: Path, ram_dir: Path, loops: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = CachedDisk(tmp_path, ram_dir)
+    image, cache = loops(disk.image), loops(disk.cache)
+    arguments = disk.daemon.arguments
+    arguments[arguments.index(str(disk.image))] = str(image)
+    arguments[arguments.index(str(disk.cache))] = str(cache)
+    at = arguments.index("--cache-size")
+    del arguments[at : at + 2]
+    try:
+        disk.daemon.start()
+        write_pieces(disk, "device")
+        disk.daemon.kill()
+        disk.daemon.start()
+        assert recovered(disk)["ram_tier_records"] >= 1
+        assert has_pieces(disk, "device")
+        with disk.frontend() as f:
+            f.flush()
+        disk.daemon.kill()
+        disk.lose_power(monkeypatch)
+        disk.daemon.start()
+        assert has_pieces(disk, "device")
+        disk.daemon.stop()
+        other = loops(tmp_path / "other")
+        arguments[arguments.index(str(image))] = str(other)
+        done = disk.command()
+        assert "belongs to another image" in done.stderr
+    finally:
+        disk.daemon.reap()

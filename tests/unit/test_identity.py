@@ -102,6 +102,12 @@ def test_a_start_that_died_between_superblock_and_mark_is_no_obstacle() -> None:
     assert judge(MARKED, replace(CRASHED, epoch=9)).action is Action.USE
 
 
+def test_an_older_copy_of_the_image_is_refused_if_the_cache_has_newer_data_and_else_starts_cold() -> None:
+    old = replace(PLAIN, mark=Mark(UUID, 6, dirty=True))
+    assert "is an old copy: its mark says epoch 6, its cache 7" in refused(old, DIRTY)
+    assert judge(old, CLEAN).action is Action.COLD
+
+
 def test_an_image_that_has_lost_its_mark_has_been_replaced() -> None:
     assert "has lost the mark of its cache" in refused(PLAIN, CRASHED)
     assert judge(PLAIN, CLEAN).action is Action.COLD

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from vhostcache import guest_requests, log_volume
 from vhostcache.fill import Fills
-from vhostcache.log import checkpoint, destage, recovery, walk, writer
+from vhostcache.log import checkpoint, decision, destage, recovery, walk, writer
 from vhostcache.log.superblock import A_OFFSET_BYTES, B_OFFSET_BYTES
 from vhostcache.map import DIRTY, WRITING
 
@@ -222,19 +222,19 @@ def epoch_in_one_superblock() -> None:
 @canary
 def tier_of_this_epoch_only() -> None:
     """Hazard 13: after a crash in recovery the RAM tier is of the epoch before."""
-    original = recovery._Situation.tier_is_named.fget
+    original = decision.Situation.tier_is_named.fget
     assert original is not None
 
     def named(self: Any) -> bool:
         return original(self) and self.offered_tier.epoch == self.superblock.epoch
 
-    recovery._Situation.tier_is_named = property(named)  # type: ignore[method-assign, assignment]
+    decision.Situation.tier_is_named = property(named)  # type: ignore[method-assign, assignment]
 
 
 @canary
 def no_replay_of_the_tier() -> None:
     """What only the RAM tier has is forgotten."""
-    _patch(recovery, "_groups", lambda original, tier, seq: ())
+    _patch(decision, "_groups", lambda original, tier, seq: ())
 
 
 @canary
@@ -285,5 +285,5 @@ def lost_tier_accepted() -> None:
 @canary
 def rot_taken_for_the_end() -> None:
     """Hazard 6: nobody looks behind the end of the log, nor at the durable address."""
-    recovery._Situation.witness_seq = property(lambda self: 0)  # type: ignore[assignment, method-assign]
-    recovery._Situation.log_broken = property(lambda self: False)  # type: ignore[assignment, method-assign]
+    decision.Situation.witness_seq = property(lambda self: 0)  # type: ignore[assignment, method-assign]
+    decision.Situation.log_broken = property(lambda self: False)  # type: ignore[assignment, method-assign]

@@ -3,7 +3,7 @@
 Owns the header's layout, the extent word, and the arithmetic of log addresses; docs/log-format.md describes the same
 byte by byte. Invariants: a header that `parse_header` returns is whole (its crc32c holds) and consistent in itself
 (its counts fit its size, its data extents add up to its payload). Whether a record belongs where it was found (volume,
-address, seq, epoch, the record before it) is for the reader to say: recovery.py.
+address, seq, epoch, the record before it) is for the reader to say: walk.py.
 It never does I/O. Integers are little-endian, as the machines are that this runs on.
 """
 

@@ -5,7 +5,7 @@ volume, address, seq, epoch, the crc of the header before it and its own crc hol
 The payload is read only where it may not have arrived: from the durable address on, and behind the last record that a
 later one says was durable. Damage elsewhere does not end the log; it is found when the block is read.
 
-It says where the log ends and why, and never decides whether it may end there: that is recovery.py. It only reads.
+It says where the log ends and why, and never decides whether it may end there: that is decision.py. It only reads.
 """
 
 from __future__ import annotations

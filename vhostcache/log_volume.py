@@ -32,6 +32,7 @@ from vhostcache.log import format as fmt
 from vhostcache.log.checkpoint import Checkpointer
 from vhostcache.log.destage import LogDestager, LogDestageSettings
 from vhostcache.log.index import LogIndex
+from vhostcache.log.pace import RAMP_BEGIN, Pacer
 from vhostcache.log.recovery import Recovered
 from vhostcache.log.superblock import WRITE_CACHE_OFF, WRITE_CACHE_ON, WRITE_CACHE_UNKNOWN
 from vhostcache.log.writer import LogWriter
@@ -114,6 +115,8 @@ class LogVolume(GuestRequests):
         self._checkpointer = Checkpointer(
             self._io, self._writer, self._index, superblock, settings.checkpoint_interval_ns
         )
+        self._ramp_blocks = int(ring_blocks * RAMP_BEGIN)
+        self._pacer = Pacer(ring_blocks, recovered.clean_address)
         self._fills.log_done = self._log_read_done
         self._favourite = NOBODY
         """The tag of the request that may read into RAM while slots are scarce, and the slots it keeps."""
@@ -155,7 +158,7 @@ class LogVolume(GuestRequests):
         writer = self._writer
         self.now_ns = writer.now_ns = now_ns
         self._quiescing = False
-        if self._room or self._write_through or writer.blocked:
+        if self._room or self._write_through or writer.blocked or self._pacer.active:
             for request in zip(what, tag, sector, sectors, strict=True):
                 self._execute((*request, 0))
             return
@@ -233,8 +236,13 @@ class LogVolume(GuestRequests):
             parked, self._parked = self._parked, []
             for request in parked:
                 self._execute(request)
+        if writer.head - self._checkpointer.superblock.clean_address > self._ramp_blocks:
+            self._pacer.update(writer.head, self._index.clean_below(writer.durable_address), now_ns)
+        elif self._pacer.active:
+            self._pacer.active = False
         if self._room:
             self._admit_waiting()
+            deadline_ns = min(deadline_ns, self._pacer.deadline_ns())
         if self._draining or self._closing:
             self._advance_end()
         if self._swept != self._checkpointer.count:
@@ -357,7 +365,7 @@ class LogVolume(GuestRequests):
             self._flush(tag)
         elif kind == op.REQUEST_READ:
             self._read(tag, sector, sectors)
-        elif self._room:
+        elif self._room or not self._may_pass(request):
             self._room.append(request)
         elif not self._change(what, tag, sector, sectors, payload):
             self.room_waits += 1
@@ -373,9 +381,14 @@ class LogVolume(GuestRequests):
         waiting = self._room
         self._room = type(waiting)()
         while waiting:
-            if not self._change(*waiting.popleft()):
+            if not self._may_pass(waiting[0]) or not self._change(*waiting.popleft()):
                 break
         self._room += waiting
+
+    def _may_pass(self, request: Parked) -> bool:
+        """Whether the log is not so full that this one has to wait a little."""
+        is_write = request[0] & op.REQUEST_KIND_MASK == op.REQUEST_WRITE
+        return self._pacer.take((request[3] + 7) >> 3 if is_write else 1)
 
     def _commit(self, tag: int) -> None:
         self._writer.commit(tag)

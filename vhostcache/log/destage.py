@@ -94,16 +94,21 @@ class LogDestage:
 
 
 class StagingRead:
-    """One read of neighbouring log blocks for a destage."""
+    """Log blocks on their way to staging slots, for a destage."""
 
-    __slots__ = ("_destager", "address", "blocks", "destage", "slots")
+    __slots__ = ("_destager", "addresses", "blocks", "destage", "slots")
 
     def __init__(
-        self, destager: "LogDestager", destage: LogDestage, address: int, blocks: list[int], slots: list[int]
+        self,
+        destager: "LogDestager",
+        destage: LogDestage,
+        addresses: list[int],
+        blocks: list[int],
+        slots: list[int],
     ) -> None:
         self._destager = destager
         self.destage = destage
-        self.address = address
+        self.addresses = addresses
         self.blocks = blocks
         self.slots = slots
 
@@ -147,6 +152,8 @@ class LogDestager:
         self._staging = block_map.take(settings.staging_blocks)
         for slot in self._staging:
             block_map.state[slot] = ORPHAN
+        self._staging_wanted = 0
+        """What the next destage needs of them."""
         self.in_flight: dict[int, LogDestage] = {}
         self._reads: dict[int, int] = {}
         """Object -> its staging reads in flight."""
@@ -187,7 +194,7 @@ class LogDestager:
         if now_ns < self._retry_at_ns:
             return self._retry_at_ns
         deadline_ns = op.NEVER
-        if self._index.dirty and not self.stopped:
+        if self._index.dirty and not self.stopped and len(self._staging) >= self._staging_wanted:
             deadline_ns = self._start_due()
         if self._written and self._flushing is None and self._flush_is_due():
             self._start_flush()
@@ -202,24 +209,25 @@ class LogDestager:
         settings = self._settings
         pressed = self.draining or self._writer.space_wanted or (settings.enabled and self._crowded())
         if pressed:
-            for number in list(_first(self._index.dirty, 4 * settings.objects_max)):
-                if len(self.in_flight) >= settings.objects_max:
-                    break
-                if not self._start(number):
-                    break
-            if self._index.dirty and not self.busy:
-                return self.now_ns + RETRY_FIRST_NS
-            return op.NEVER
+            if len(self.in_flight) >= settings.objects_max:
+                return op.NEVER
+            for number in _first(self._index.dirty, 4 * settings.objects_max):
+                if self._is_waiting(number):
+                    continue
+                # One a turn: to find its blocks and read them takes a millisecond or two.
+                return self.now_ns if self._start(number) else op.NEVER
+            return op.NEVER if self.busy else self.now_ns + RETRY_FIRST_NS
         if not settings.enabled:
             return op.NEVER
         since = self._index.since_ns
-        for number in list(_first(self._index.dirty, settings.objects_max)):
+        for number in _first(self._index.dirty, settings.objects_max):
             due_ns = since[number] + settings.destage_after_ns
             if self.now_ns < due_ns:
                 return due_ns
-            if len(self.in_flight) >= settings.objects_max or not self._start(number):
-                return op.NEVER
-        return self.now_ns if self._index.dirty and not self.busy else op.NEVER
+            if not self._is_waiting(number):
+                started = len(self.in_flight) < settings.objects_max and self._start(number)
+                return self.now_ns if started else op.NEVER
+        return op.NEVER if self.busy else self.now_ns + RETRY_FIRST_NS
 
     def _flush_is_due(self) -> bool:
         if (
@@ -233,14 +241,15 @@ class LogDestager:
 
     # --- one destage ---
 
+    def _is_waiting(self, number: int) -> bool:
+        """Whether the object can't be destaged now: it is on its way, or has rotten blocks."""
+        if number in self.in_flight or self._held.get(number, 0) > self.now_ns:
+            return True
+        ending = self._written + self._flushed + (self._flushing.destages if self._flushing else [])
+        return any(number == destage.number for destage in ending)
+
     def _start(self, number: int) -> bool:
-        """False: no resources; what does not need to be started now is passed over."""
-        if number in self.in_flight or any(number == d.number for d in self._written + self._flushed):
-            return True
-        if self._flushing is not None and any(number == d.number for d in self._flushing.destages):
-            return True
-        if self._held.get(number, 0) > self.now_ns:
-            return True
+        """False: there are no resources now."""
         if self._io.available() <= 64 or self._writer.blocked:
             return False
         durable = self._writer.durable_address
@@ -253,7 +262,9 @@ class LogDestager:
             self._choose_source(destage, block, value, fetch)
         if len(fetch) > len(self._staging):
             self._unpin(destage)
+            self._staging_wanted = len(fetch)
             return False
+        self._staging_wanted = 0
         if destage.need_seq:
             self._writer.commit(INTERNAL)
         self._index.begin_destage(number)
@@ -302,48 +313,47 @@ class LogDestager:
         destage.reading.append(oldest)
         writer.reading[oldest] = writer.reading.get(oldest, 0) + 1
         fetch.sort(key=lambda pair: pair[1])
-        reads = 0
+        count = len(fetch)
+        slots = self._staging[-count:]
+        del self._staging[-count:]
+        destage.staged = slots
+        self._reads[destage.number] = 0
+        self._read(destage, [address for _, address in fetch], [block for block, _ in fetch], slots)
+
+    def _read(self, destage: LogDestage, addresses: list[int], blocks: list[int], slots: list[int]) -> None:
+        """Read from the log, neighbours at once. `addresses` ascend."""
+        self._reads[destage.number] += 1
+        group = self._io.begin(StagingRead(self, destage, addresses, blocks, slots))
+        ring_blocks, log_read = self._writer.ring_blocks, self._io.log_read
+        count = len(addresses)
         start = 0
-        while start < len(fetch):
+        while start < count:
+            first = addresses[start]
+            most = min(count, start + READ_BLOCKS_MAX, start + ring_blocks - first % ring_blocks)
             end = start + 1
-            first = fetch[start][1]
-            while end < len(fetch) and fetch[end][1] - first == end - start and end - start < READ_BLOCKS_MAX:
-                if fetch[end][1] % writer.ring_blocks == 0:
-                    break
+            while end < most and addresses[end] - first == end - start:
                 end += 1
-            blocks = [block for block, _ in fetch[start:end]]
-            slots = self._staging[-len(blocks) :]
-            del self._staging[-len(blocks) :]
-            destage.staged += slots
-            read = StagingRead(self, destage, first, blocks, slots)
-            self._io.log_read(self._io.begin(read), fmt.offset_bytes(first, writer.ring_blocks), slots)
-            reads += 1
+            log_read(group, fmt.offset_bytes(first, ring_blocks), slots[start:end])
             start = end
-        self._reads[destage.number] = reads
 
     def staged(self, read: StagingRead, result: int) -> None:
-        """Some of the log has been read for a destage."""
+        """Log blocks have been read for a destage, or some of them could not be."""
         destage = read.destage
         if result == 0:
             destage.blocks += read.blocks
             destage.slots += read.slots
         elif result == -EBADMSG and len(read.blocks) > 1:
-            # One by one, to leave out only what is rotten.
-            for i, block in enumerate(read.blocks):
-                one = StagingRead(self, destage, read.address + i, [block], [read.slots[i]])
-                offset = fmt.offset_bytes(read.address + i, self._writer.ring_blocks)
-                self._io.log_read(self._io.begin(one), offset, one.slots)
-            self._reads[destage.number] += len(read.blocks)
+            # In halves, to leave out only what is rotten.
+            half = len(read.blocks) // 2
+            self._read(destage, read.addresses[:half], read.blocks[:half], read.slots[:half])
+            self._read(destage, read.addresses[half:], read.blocks[half:], read.slots[half:])
+        elif result == -EBADMSG:
+            destage.rotten = True
+            self.rotten.update(read.blocks)
+            self.notices.append(("log-corrupt", {"offset": read.blocks[0] * op.BLOCK_BYTES}))
         else:
-            if result == -EBADMSG:
-                destage.rotten = True
-                self.rotten.update(read.blocks)
-                self.notices.append(
-                    ("log-corrupt", {"block": read.blocks[0], "offset": read.blocks[0] * op.BLOCK_BYTES})
-                )
-            else:
-                destage.again = True
-                self._writer.device_failed("read", result)
+            destage.again = True
+            self._writer.device_failed("read", result)
         self._reads[destage.number] -= 1
         if not self._reads[destage.number]:
             del self._reads[destage.number]

@@ -6,11 +6,13 @@ A canary is a patch of the code under test, never a switch in it. `plant` lasts 
 from collections.abc import Callable
 from typing import Any, Final
 
+from tests.sim import engine
 from vhostcache import guest_requests, log_volume
+from vhostcache import operations as op
 from vhostcache.fill import Fills
 from vhostcache.log import checkpoint, decision, destage, recovery, walk, writer
 from vhostcache.log.superblock import A_OFFSET_BYTES, B_OFFSET_BYTES
-from vhostcache.map import DIRTY, WRITING
+from vhostcache.map import DIRTY, FREE, WRITING
 
 CANARIES: Final[dict[str, Callable[[], None]]] = {}
 
@@ -67,8 +69,9 @@ def zeroes_behind_newer_data_of_their_record() -> None:
 
     def zero(original: Any, self: Any, request: Any) -> Any:
         first, end = (request[2] + 7) >> 3, (request[2] + request[3]) >> 3
-        record = self._writer.open
-        if record is None or not any(first <= block < end for block in record.slots):
+        record, block_map = self._writer.open, self._map
+        data = [slot for block, slot in record.slots.items() if first <= block < end] if record else []
+        if not data:
             return original(self, request)
         seal = self._writer.seal
         self._writer.seal = lambda: setattr(self._writer, "seal", seal)
@@ -76,6 +79,10 @@ def zeroes_behind_newer_data_of_their_record() -> None:
             return original(self, request)
         finally:
             self._writer.seal = seal
+            for slot in data:
+                if block_map.state[slot] == FREE:
+                    block_map.free.remove(slot)
+                    block_map.state[slot] = DIRTY
 
     _patch(log_volume.LogVolume, "_zero", zero)
 
@@ -84,23 +91,31 @@ def zeroes_behind_newer_data_of_their_record() -> None:
 def flush_without_the_records_in_flight() -> None:
     """Hazard 14: a fdatasync is issued, and believed, before all records it should cover have been written."""
 
-    def begin(original: Any, self: Any) -> None:
-        original(self)
-        self._written_seq = max(self._written_seq, self._commit_seq)
+    def schedule(original: Any, self: Any, now_ns: int) -> Any:
+        deadline_ns = original(self, now_ns)
+        if self._flush is None and self._committing and not self.blocked:
+            self._written_seq = max(self._written_seq, self._commit_seq)
+            self._start_flush()
+        return deadline_ns
 
-    _patch(writer.LogWriter, "_begin_commit", begin)
+    def written(original: Any, self: Any, record: Any, result: int) -> None:
+        if record in self._records:
+            original(self, record, result)
+
+    _patch(writer.LogWriter, "schedule", schedule)
+    _patch(writer.LogWriter, "record_written", written)
 
 
 @canary
 def no_fdatasync() -> None:
-    """Written counts as durable."""
+    """The engine says that it has synchronized the cache file, and has not."""
 
-    def start(_: Any, self: Any) -> None:
-        flush = writer.LogFlush(self, self._written_seq, self._sync_waiters)
-        self._sync_waiters = []
-        self.flushed(flush, 0)
+    def execute(original: Any, self: Any, code: int, name: int, argument: int, words: Any) -> None:
+        if code == op.LOG_FLUSH:
+            self.cache.reported = {}
+        original(self, code, name, argument, words)
 
-    _patch(writer.LogWriter, "_start_flush", start)
+    _patch(engine.Engine, "_operation", execute)
 
 
 @canary
@@ -245,7 +260,7 @@ def no_payload_crc() -> None:
 
 def _without_the_chain(original: Any, self: Any, header: Any, address: int, seq: int) -> str:
     """The crc of the header before finds the same: it has to be off as well."""
-    return str(original(self, header._replace(previous_crc=self.previous_crc), address, seq))
+    return str(original(self, header._replace(previous_crc=self._previous_crc), address, seq))
 
 
 @canary
@@ -253,7 +268,7 @@ def no_epoch() -> None:
     """Records of any epoch count."""
 
     def refuses(original: Any, self: Any, header: Any, address: int, seq: int) -> str:
-        epoch = self._superblock.epoch if seq >= self._superblock.open_seq else self.last_epoch
+        epoch = self._superblock.epoch if seq >= self._superblock.open_seq else self._last_epoch
         return _without_the_chain(original, self, header._replace(epoch=epoch), address, seq)
 
     _patch(walk._Judge, "refuses", refuses)

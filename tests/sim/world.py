@@ -109,6 +109,10 @@ class Sizes:
     direct_blocks: int
     openings: int
     steps: int
+    rare: float
+    """Share of steps with something rare: see `World.rare`."""
+    shutdowns: float
+    """Share of clean ones among the ends of an opening."""
     burst: int
     """Requests at once."""
     depth: int
@@ -153,6 +157,8 @@ def choose_sizes(rng: random.Random) -> Sizes:
         direct_blocks=(2, 8, 32)[pick(0, 2)],
         openings=pick(1, 4),
         steps=pick(10, 90),
+        rare=(0.005, 0.015, 0.05)[pick(0, 2)],
+        shutdowns=(0.1, 0.25, 0.5)[pick(0, 2)],
         burst=pick(1, 4),
         depth=(1, 4, 12, 24)[pick(0, 3)],
         hot_blocks=min(blocks, pick(2, 24)),
@@ -198,6 +204,7 @@ class World:
         self.guest_died = False
         self.flipped = False
         """A bit in the cache file has."""
+        self.superblock_flipped = False
         self.rot_may_pass = False
         self.tier_lost = False
         """Somebody has deleted the RAM-tier file while the guest lives."""
@@ -225,7 +232,7 @@ class World:
                 if last:
                     self.finish()
                     return self.states
-                if self.rng.random() < 0.25:
+                if self.rng.random() < self.sizes.shutdowns:
                     self.close()
             except Crash:
                 self.states["crash between two operations"] += 1
@@ -399,10 +406,17 @@ class World:
         """Perhaps a bit in the cache file flips."""
         if self.rng.random() >= self.sizes.flips or not self.guest.serial:
             return
-        block = int(self.rng.random() * (2 + self.sizes.ring_blocks))
-        block = block if block < 2 else RING_BLOCK + block - 2
+        where = self.rng.random()
+        if where < 0.25:
+            block = int(8 * where)
+        elif where < 0.75 and self.records:
+            record = self.records[-1 - int(self.rng.random() * min(12, len(self.records)))]
+            block = record.block + int(self.rng.random() * record.count)
+        else:
+            block = RING_BLOCK + int(self.rng.random() * self.sizes.ring_blocks)
         self.note(f"a bit of block {block} flips")
         self.flipped = True
+        self.superblock_flipped = block < 2
         self.rot_may_pass = not self.rot_is_known(block)
         self.guest.errors_allowed = True
         self.cache.flip(block, int(self.rng.random() * BLOCK * 8))
@@ -412,17 +426,17 @@ class World:
         """Whether something else says that what is in this block was durable, or nothing needs it."""
         live = self.cache.live
         hit = next((r for r in reversed(self.records) if r.block <= block < r.block + r.count), None)
-        if hit is None or live[block] is not hit.data[block - hit.block]:
+        if hit is None or live[block] != hit.data[block - hit.block]:
             return True
         blocks = (superblocks.unpack(live[0]), superblocks.unpack(live[1]))
         known = superblocks.newest(*blocks)
         if known is None or known.durable_seq >= hit.seq:
             return True
-        return any(r.durable_seq >= hit.seq and live[r.block] is r.data[0] for r in self.records if r.seq > hit.seq)
+        return any(r.durable_seq >= hit.seq and live[r.block] == r.data[0] for r in self.records if r.seq > hit.seq)
 
     def refused(self, error: OperationError) -> bool:
         """The log could not be opened: only rot is a reason for that."""
-        if not self.flipped:
+        if not self.flipped or self.superblock_flipped:
             raise Wrong(f"recovery refuses a cache that is in order: {error}")
         self.states["rot found by recovery"] += 1
         return False
@@ -439,7 +453,7 @@ class World:
                 for _ in range(1 + int(random_number() * size.burst)):
                     if len(guest.live) < size.depth:
                         self.submit_random()
-            elif choice > 0.985:
+            elif choice > 1 - size.rare:
                 self.rare()
             self.advance()
             engine.turn(volume, self.now_ns)

@@ -256,7 +256,7 @@ class Daemon:
             tier_entries_offset=claim.layout.entries_offset_bytes,
             tier_entries=claim.layout.entries,
             tier_slab_offset=claim.layout.slab_offset_bytes,
-            request_max_bytes=REQUEST_BLOCKS * 4096,
+            request_max_bytes=(REQUEST_BLOCKS - 1) * 4096,  # unaligned it touches one block more
         )
         assert index == len(self._served)
         self._engine.log_start(index, recovered.previous_crc)

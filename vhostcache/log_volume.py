@@ -130,9 +130,9 @@ class LogVolume(GuestRequests):
     def _load(self, recovered: Recovered) -> None:
         """The index of what the log holds."""
         index, clean = self._index, recovered.clean_address
-        made = self._writer.records_made
+        mark = self._writer.mark
         for record in recovered.records:
-            made.append((record.address, record.seq))
+            mark(record.address, record.seq)
             address = record.address + record.header_blocks
             for word in record.extents:
                 block, count, kind = fmt.split_extent(word)

@@ -173,7 +173,8 @@ class LogWriter:
         self.space_wanted = 0
         """Blocks, padding included, of a record that did not find room in the ring."""
         self.records_made: deque[tuple[int, int]] = deque()
-        """(address, seq) of the records in the ring, for the tail."""
+        """(address, seq) of records in the ring, for the tail: not of each, so that small ones take no memory."""
+        self._mark_blocks = max(1, min(record_blocks, ring_blocks // 64))
         self.now_ns = 0
         self.counters = {
             "log_records": 0,
@@ -304,11 +305,17 @@ class LogWriter:
         )
         record.entries_end = self.published
         self._records.append(record)
-        self.records_made.append((record.address, record.seq))
+        self.mark(record.address, record.seq)
         self.next_seq += 1
         self.counters["log_records"] += 1
         self.counters["log_payload_blocks"] += len(record.payload)
         self._write(record, words)
+
+    def mark(self, address: int, seq: int) -> None:
+        """The tail may move to this record, if it is not too near to the last of which that is true."""
+        made = self.records_made
+        if not made or address - made[-1][0] >= self._mark_blocks:
+            made.append((address, seq))
 
     def _offset(self, address: int) -> int:
         return fmt.RING_OFFSET_BYTES + address % self.ring_blocks * op.BLOCK_BYTES

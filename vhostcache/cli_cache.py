@@ -319,8 +319,9 @@ class _ImageWriter:
 def _superblock_fields(block: Superblock | None) -> dict[str, object]:
     if block is None:
         return {"damaged": True}
-    fields = dict(vars(block))
-    return {key: value.hex() if isinstance(value, bytes) else value for key, value in fields.items()}
+    fields = {key: value.hex() if isinstance(value, bytes) else value for key, value in vars(block).items()}
+    identity = block.backend_identity.decode("utf-8", "replace")
+    return fields | ({"backend_identity": identity} if identity.isprintable() else {})
 
 
 def _print_superblocks(console: Console, finding: Finding) -> None:

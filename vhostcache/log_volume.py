@@ -170,32 +170,32 @@ class LogVolume(GuestRequests):
         poisonable = self._fills.by_block
         whole = self._whole_blocks
         hit_count = 0
-        record = writer.open
+        # What the open record surely takes without being asked again, and what has been published since.
+        room = 0
+        published = 0
+        slots: dict[int, int] = {}
         for kind, name, start, count in zip(what, tag, sector, sectors, strict=True):
             if count == 8 and not start & 7:
                 block = start >> 3
-                old = find(block)
                 if kind & 255 == 0:  # REQUEST_READ
+                    old = find(block)
                     if old is not None:
                         hit_count += 1
                         if hits[old] < HITS_MAX:
                             hits[old] += 1
                         append(2 | name << 8 | old << 32)  # OUT1
                         continue
-                elif (
-                    kind & 255 == 1  # REQUEST_WRITE
-                    and block < whole
-                    and not self._room
-                    and (
-                        (record is not None and len(record.slots) < record.limit and writer.entries_room() > 0)
-                        or writer.take_room(1, 0, 1)
-                    )
-                ):
-                    record = writer.open
-                    assert record is not None
-                    slot = free.pop() if free else self._cache.take_one()
+                elif kind & 255 == 1 and block < whole and not self._room:  # REQUEST_WRITE
+                    if not room:
+                        writer.published += published
+                        published = 0
+                        room = writer.room_for_blocks()
+                        if room:
+                            assert writer.open is not None
+                            slots = writer.open.slots
+                    slot = (free.pop() if free else self._cache.take_one()) if room else 0
                     if slot:
-                        old = find(block)  # room may have been made at its cost
+                        old = find(block)  # after room has been made: perhaps at its cost
                         if old is None:
                             if poisonable:
                                 self._fills.poison(block)
@@ -208,12 +208,15 @@ class LogVolume(GuestRequests):
                         block_of[slot] = block
                         state[slot] = DIRTY
                         hits[slot] = 0
-                        record.slots[block] = slot
-                        writer.published += 1
+                        slots[block] = slot
+                        room -= 1
+                        published += 1
                         append(21 | name << 8 | slot << 32)  # LOG1
                         continue
+            writer.published += published
+            published = room = 0
             self._execute((kind, name, start, count, 0))
-            record = writer.open
+        writer.published += published
         self.hits += hit_count
 
     def io_done(self, group: int, result: int) -> None:

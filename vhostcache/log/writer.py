@@ -200,16 +200,24 @@ class LogWriter:
                 self._give_up_open()
         return self._open(max(blocks, self.record_blocks))
 
+    def room_for_blocks(self) -> int:
+        """How many writes of one block the open record takes, whatever they overwrite; 0: they have to wait."""
+        if not self.take_room(1, 0, 1):
+            return 0
+        record = self.open
+        assert record is not None
+        return min(record.limit - len(record.slots), self.entries_room())
+
+    def entries_room(self) -> int:
+        """How many entries fit the RAM-tier file now."""
+        return self._entries_max - (self.published - self._retired)
+
     def entries_left(self, entries: int) -> bool:
         """Whether so many entries fit the RAM-tier file; if not, a commit is on its way that makes room."""
         if self.published - self._retired + entries <= self._entries_max:
             return True
         self._want_commit()
         return False
-
-    def entries_room(self) -> int:
-        """How many entries fit now."""
-        return self._entries_max - (self.published - self._retired)
 
     @property
     def accepted_seq(self) -> int:

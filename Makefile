@@ -24,6 +24,7 @@ LINT_PACKAGES := clang-14 shellcheck libxml2-utils libvirt-clients
 
 # How long `make soak` works at each of its parts, and `make fuzz` at each target.
 SOAK_SECONDS ?= 600
+SOAK_SEEDS ?= 1000000
 FUZZ_SECONDS ?= 20
 
 SOURCES := $(shell find csrc vhostcache meson.build meson.options pyproject.toml -not -path '*/__pycache__*')
@@ -105,7 +106,8 @@ test-bench: setup-test
 .PHONY: bench soak
 bench: setup-test ## speed, beside qemu-storage-daemon: docs/performance.md says what is measured
 	@$(BIN)/python -m tests.bench
-soak: setup-test ## the random tests and fuzzers, SOAK_SECONDS each
+soak: setup-test ## the simulator with SOAK_SEEDS seeds, the random tests and fuzzers with SOAK_SECONDS each
+	@$(BIN)/python -m tests.sim --seeds $(SOAK_SEEDS) --first 1000000
 	@SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/pytest tests
 	@scripts/sanitize
 	@FUZZ_SECONDS=$(SOAK_SECONDS) scripts/fuzz

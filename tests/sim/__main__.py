@@ -6,7 +6,7 @@ import time
 import traceback
 
 from tests.sim import canaries
-from tests.sim.runner import Outcome, run_parallel, run_seed
+from tests.sim.runner import Outcome, begin, run_parallel, run_seed
 from tests.sim.world import STATES
 
 
@@ -47,8 +47,7 @@ def main() -> int:
 
 
 def _play(seed: int, trace: bool, canary: str) -> int:
-    if canary:
-        canaries.plant(canary)
+    begin(canary)
     try:
         states = run_seed(seed, trace)
     except Exception:  # noqa: BLE001 - it is shown, whatever it is

@@ -15,6 +15,22 @@ from vhostcache.log.superblock import A_OFFSET_BYTES, B_OFFSET_BYTES
 from vhostcache.map import DIRTY, FREE, WRITING
 
 CANARIES: Final[dict[str, Callable[[], None]]] = {}
+SIZES: Final[dict[str, dict[str, Any]]] = {}
+"""For those that take many seeds otherwise: what kind of run finds them soon."""
+_STALE_RECORDS: Final = {
+    "openings": 4,
+    "steps": 14,
+    "power": 1.0,
+    "depth": 24,
+    "flushes": 0.1,
+    "writes": 0.95,
+    "patience": 0.4,
+    "whole": 1.0,
+    "shutdowns": 0.0,
+    "recovery_crashes": 0.0,
+    "cache_faults": 0.0,
+    "flips": 0.0,
+}
 
 
 def plant(name: str) -> None:
@@ -26,6 +42,11 @@ def canary(function: Callable[[], None]) -> Callable[[], None]:
     """By its name, with hyphens."""
     CANARIES[function.__name__.replace("_", "-")] = function
     return function
+
+
+SIZES["no-epoch"] = SIZES["no-open-seq"] = _STALE_RECORDS
+SIZES["write-cache-forgotten"] = {"openings": 4, "rare": 0.1, "shutdowns": 0.6, "ignore_flush": False}
+SIZES["epoch-in-one-superblock"] = {"openings": 2, "steps": 30, "flips": 1.0, "recovery_crashes": 0.0}
 
 
 def _patch(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

@@ -11,7 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from tests.sim import canaries
 from tests.sim.world import World
@@ -30,9 +30,22 @@ class Outcome:
     """(seed, what went wrong in one line)."""
 
 
+_fixed: dict[str, Any] = {}
+"""Sizes that the canary in this process wants, to be found sooner."""
+
+
+def begin(canary: str) -> None:
+    """Prepare this process: the collector only runs between chunks, and the bug, if one is wanted, is planted."""
+    gc.disable()
+    gc.freeze()
+    if canary:
+        canaries.plant(canary)
+        _fixed.update(canaries.SIZES.get(canary, {}))
+
+
 def run_seed(seed: int, trace: bool = False) -> Counter[str]:
     """One run; raises what it finds."""
-    return World(seed, trace=trace).run()
+    return World(seed, trace, **_fixed).run()
 
 
 def run_seeds(first: int, count: int, failures_max: int = 1) -> Outcome:
@@ -61,13 +74,6 @@ def _work(job: tuple[int, int, int]) -> Outcome:
     return outcome
 
 
-def _begin(canary: str) -> None:
-    gc.disable()
-    gc.freeze()
-    if canary:
-        canaries.plant(canary)
-
-
 def run_parallel(
     first: int, count: int, jobs: int = 0, canary: str = "", failures_max: int = 1, seconds: float = 0.0
 ) -> Iterator[Outcome]:
@@ -75,8 +81,8 @@ def run_parallel(
     work = [(seed, min(CHUNK, first + count - seed), failures_max) for seed in range(first, first + count, CHUNK)]
     failures = 0
     until = time.monotonic() + seconds if seconds else float("inf")
-    context = multiprocessing.get_context("fork")
-    with context.Pool(jobs or os.cpu_count(), _begin, (canary,)) as pool:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(jobs or os.cpu_count(), begin, (canary,)) as pool:
         for outcome in pool.imap_unordered(_work, work):
             yield outcome
             failures += len(outcome.failures)

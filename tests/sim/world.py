@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from tests.sim.engine import (
     BACKEND_READ,
@@ -179,11 +179,12 @@ def choose_sizes(rng: random.Random) -> Sizes:
 class World:
     """One run. `run()` raises when a promise is broken."""
 
-    def __init__(self, seed: int, sizes: Sizes | None = None, trace: bool = False) -> None:
+    def __init__(self, seed: int, trace: bool = False, **fixed: Any) -> None:
+        """`fixed`: sizes that the seed does not choose."""
         self.seed = seed
         self.trace = trace
         self.rng = random.Random(seed)
-        self.sizes = sizes or choose_sizes(self.rng)
+        self.sizes = replace(choose_sizes(self.rng), **fixed)
         self.states: Counter[str] = Counter()
         size = self.sizes
         self.guest = Guest(size.blocks * 8 - size.missing_sectors)
@@ -199,8 +200,9 @@ class World:
         self.engine: Engine
         self.volume: LogVolume
         self.fail_at: dict[str, int] = {}
-        """"cache" or "backend" -> operations until one fails; for the tests of every fault point."""
+        """"cache", "backend" or "recovery" -> the number of the operation that fails: for every fault point."""
         self.operations_seen: Counter[str] = Counter()
+        """How many were counted for that."""
         self.guest_died = False
         self.flipped = False
         """A bit in the cache file has."""
@@ -265,7 +267,7 @@ class World:
         self.rot()
         while True:
             countdown = 1 + int(self.rng.random() * 8) if self.rng.random() < self.sizes.recovery_crashes else -1
-            disk = SyncDisk(self.cache, countdown)
+            disk = SyncDisk(self.cache, countdown, (lambda: self.is_the_one("recovery")) if self.fail_at else None)
             try:
                 recovered, tier = self.recover(disk)
             except Crash:
@@ -273,6 +275,9 @@ class World:
                 self.states["crash in recovery"] += 1
                 self.stop()
                 continue
+            except OSError:
+                self.states["a start fails"] += 1
+                continue  # it is tried again, of course
             except OperationError as error:
                 self.note(f"refused: {error}")
                 if self.tier_lost:
@@ -535,12 +540,7 @@ class World:
             return False
         on_cache = io.kind <= CACHE_SYNC
         if self.fail_at:
-            name = "cache" if on_cache else "backend"
-            self.operations_seen[name] += 1
-            left = self.fail_at.get(name, -1)
-            if left >= 0:
-                self.fail_at[name] = left - 1
-            failed = left == 0
+            failed = self.is_the_one("cache" if on_cache else "backend")
         elif on_cache:
             failed = self.sizes.cache_faults > 0 and self.rng.random() < self.sizes.cache_faults
         else:
@@ -551,6 +551,12 @@ class World:
             self.guest.errors_allowed = True
             self.states[_FAILURES[io.kind]] += 1
         return failed
+
+    def is_the_one(self, name: str) -> bool:
+        """Whether this operation is the one that is to fail."""
+        number = self.operations_seen[name]
+        self.operations_seen[name] += 1
+        return number == self.fail_at.get(name)
 
     # --- the front-end leaves and comes back ---
 
@@ -605,7 +611,6 @@ class World:
         """Without faults any more: every request is answered, the log is drained, the backend is right."""
         self.note("finish")
         self.engine.countdown = -1
-        self.fail_at = {}
         self.outage_until_ns = 0
         self.sizes = replace(self.sizes, cache_faults=0.0, backend_faults=0.0)
         if self.flipped:

@@ -27,6 +27,8 @@ RETRY_MAX_NS: Final = 5_000_000_000
 EBADMSG: Final = 74
 READ_BLOCKS_MAX: Final = 256
 """Blocks of one log read."""
+AGED_OBJECTS_MAX: Final = 2
+"""Objects in flight only because they are old: nobody waits for them, and the guest may be busy."""
 HELD_RETRY_NS: Final = 10_000_000_000
 """An object with rotten blocks is looked at again so much later."""
 
@@ -225,7 +227,7 @@ class LogDestager:
             if self.now_ns < due_ns:
                 return due_ns
             if not self._is_waiting(number):
-                started = len(self.in_flight) < settings.objects_max and self._start(number)
+                started = len(self.in_flight) < AGED_OBJECTS_MAX and self._start(number)
                 return self.now_ns if started else op.NEVER
         return op.NEVER if self.busy else self.now_ns + RETRY_FIRST_NS
 

@@ -137,8 +137,8 @@ def test_the_configuration_fits_its_schema_and_serves_its_three_disks(lab: Lab) 
     ]
     daemon.stop()
     database = lab.folder / "database.img"
-    drain = [VHOSTCACHE, "drain", database.with_suffix(".cache"), "--backend", database]
-    subprocess.run(drain, check=True, capture_output=True, timeout=60)
+    cache = database.with_suffix(".cache")
+    subprocess.run([VHOSTCACHE, "drain", cache, "--backend", database], check=True, capture_output=True, timeout=60)
     for name in ("system", "database"):
         host.check_ext4(lab.folder / f"{name}.img")
     assert host.allocated_bytes(lab.folder / "installer.img") == 0

@@ -5,6 +5,8 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ class Disk:
     def __init__(self, image: Path, socket: Path, daemon: Daemon) -> None:
         self.image, self.socket, self.daemon = image, socket, daemon
         self.guard = noise(GUARD_BYTES, image.name)
+        self.cache: Path | None = None
         self._round = 0
 
     def make_image(self) -> None:
@@ -47,6 +50,26 @@ class Disk:
         with self.image.open("rb") as file:
             file.seek(offset)
             return file.read(length)
+
+    def after_power_loss(self, offset: int, length: int) -> bytes:
+        """What the disk would hold if power failed now."""
+        if self.cache is None:
+            return self.in_image(offset, length)
+        with tempfile.TemporaryDirectory(dir=self.image.parent) as folder:
+            image, cache = Path(folder) / "image", Path(folder) / "cache"
+            # The cache first: what has left it since is in the image.
+            for source, copy in ((self.cache, cache), (self.image, image)):
+                subprocess.run(["cp", "--preserve=xattr", "--sparse=always", source, copy], check=True)
+            subprocess.run(
+                [Path(sys.executable).with_name("vhostcache"), "drain", cache, "--backend", image],
+                env={**os.environ, "VHOSTCACHE_BOOT_ID": str(uuid.uuid4())},
+                check=True,
+                capture_output=True,
+                timeout=60,
+            )
+            with image.open("rb") as file:
+                file.seek(offset)
+                return file.read(length)
 
     def end(self) -> None:
         """SIGTERM has to do; and the guarded data is in the image as it was."""
@@ -98,8 +121,13 @@ def make_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
         def make(*options: str) -> Disk:
             folder = tmp_path_factory.mktemp("disk")
             image, socket = folder / "disk.img", folder / "disk.sock"
-            arguments = ("--ram", "32MiB", "--num-queues", str(QUEUES), *options)
+            arguments = ["--ram", "32MiB", "--num-queues", str(QUEUES), *options]
+            if CACHED in options:
+                arguments[arguments.index(CACHED)] = f"--cache={folder / 'disk.cache'}"
+                arguments.append("--cache-size=64MiB")
             disk = Disk(image, socket, NativeDaemon.export(image, socket, *arguments))
+            if CACHED in options:
+                disk.cache = folder / "disk.cache"
             disk.make_image()
             stack.callback(disk.end)
             disk.daemon.start()
@@ -108,9 +136,15 @@ def make_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
         yield make
 
 
-# Where io_uring is forbidden a pool of threads stands in, and passes the same tests.
+CACHED = "--cache"  # in `make_disk`'s options: a cache file beside the image
+
+# Where io_uring is forbidden a pool of threads stands in, and passes the same tests; so does a disk with a cache file.
 BOTH_ENGINES = pytest.mark.parametrize(
-    "module_disk", [(), ("--io-engine", "threads")], ids=["io_uring", "threads"], indirect=True, scope="module"
+    "module_disk",
+    [(), ("--io-engine", "threads"), (CACHED,), (CACHED, "--io-engine", "threads")],
+    ids=["io_uring", "threads", "cache", "cache-threads"],
+    indirect=True,
+    scope="module",
 )
 
 

@@ -29,12 +29,12 @@ class CachedDisk(Disk):
     """A disk whose daemon has a cache file and a RAM-tier folder of its own."""
 
     def __init__(self, folder: Path, ram_dir: Path, *options: str, name: str = "vda") -> None:
-        self.cache = folder / f"{name}.cache"
         self.ram_dir = ram_dir
-        image, socket = folder / f"{name}.img", folder / f"{name}.sock"
+        image, socket, cache = (folder / f"{name}.{kind}" for kind in ("img", "sock", "cache"))
         # Nothing is written to the image just because time goes by, if a test does not want it.
-        common = ("--ram", "32MiB", "--cache-size", "64MiB", "--ram-dir", str(ram_dir), "--cache", str(self.cache))
+        common = ("--ram", "32MiB", "--cache-size", "64MiB", "--ram-dir", str(ram_dir), "--cache", str(cache))
         super().__init__(image, socket, NativeDaemon.export(image, socket, *common, "--destage", "off", *options))
+        self.cache: Path = cache
         self.make_image()
 
     def use(self, *options: str) -> None:

@@ -246,6 +246,11 @@ class Guest:
                 self.floor = request.index + 1
 
     def _accept_without_effect(self, request: Request) -> None:
+        for twin in self.live.values():
+            # Of two that zero the same, the other one was found when this one was published.
+            if twin.accepted and twin.pieces == request.pieces:
+                request.accepted, request.index, twin.accepted = True, twin.index, False
+                return
         for block, first, end, content in request.pieces:
             if self.state[block][first * SECTOR : end * SECTOR] != content:
                 raise Wrong(f"{request} is answered but was not published")

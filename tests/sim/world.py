@@ -512,6 +512,7 @@ class World:
             on = self.rng.random() < 0.5 or any(r.kind == op.REQUEST_FLUSH for r in self.guest.live.values())
             self.note(f"write cache {'on' if on else 'off'}")
             self.states["write cache switched"] += 1
+            self.engine.execute()  # what the core has decided before it hears of it
             self.volume.set_write_cache(on)
             self.guest.write_through = (not on or self.sizes.acknowledge_durable) and not self.sizes.ignore_flush
             self.engine.deadline_ns = 0

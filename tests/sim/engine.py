@@ -203,6 +203,8 @@ class Engine:
             if self.countdown >= 0:
                 self.countdown -= 1
                 if self.countdown < 0:
+                    if word & 255 == op.LOG1:
+                        self._log1_in_part(word >> 8 & 0xFFFFFF, word >> 32)
                     raise Crash
             code, name, argument = word & 255, word >> 8 & 0xFFFFFF, word >> 32
             if self.trace:
@@ -231,6 +233,15 @@ class Engine:
                 guest.completed(name, op.STATUS_OK)
             else:
                 self._operation(code, name, argument, stream)
+
+    def _log1_in_part(self, tag: int, slot: int) -> None:
+        """The process dies in the middle of it."""
+        request, choice = self.guest.live[tag], self.rng.random()
+        if choice < 0.6:
+            self.slab[slot] = request.data
+        if choice < 0.3:
+            self.tier.append(self.log_seq, log_format.extent(request.sector >> 3, 1, log_format.DATA), slot)
+            self.guest.accept(request)
 
     def _operation(self, code: int, name: int, argument: int, words: Iterator[int]) -> None:
         if code in (op.IN, op.OUT):
@@ -459,7 +470,7 @@ class Engine:
                 if other.kind == io.kind and other.block < io.block + io.count and io.block < other.block + other.count:
                     raise AssertionError(f"two writes of the same range in flight: {io}, {other}")
         elif io.kind == CACHE_SYNC:
-            assert sum(other.kind == CACHE_SYNC for other in self.io) < 2, "three cache syncs at once"
+            assert not any(other.kind == CACHE_SYNC for other in self.io), "two cache syncs at once"
         self.io.append(io)
 
     def end_io(self, index: int, fail: bool = False) -> None:

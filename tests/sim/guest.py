@@ -111,9 +111,7 @@ class Guest:
         self.serial += 1
         request = Request(kind, sector, sectors, self.serial)
         if kind == op.REQUEST_WRITE:
-            parts = [struct.pack("<Q", self.serial)] * (2 * sectors)
-            parts[1::2] = _TAILS[sector : sector + sectors]
-            request.data = b"".join(parts)
+            request.data = _content(self.serial, sector, sectors)
         elif kind == op.REQUEST_READ:
             request.payload = bytearray(sectors * SECTOR)
         if kind != op.REQUEST_READ and sectors:
@@ -218,6 +216,16 @@ class Guest:
             if its_parts == parts and {p[0] for p in request.pieces} - {p[0] for p in parts} == zeroed:
                 self.accept(request)
                 return
+
+    def foreign_write(self, block: int) -> None:
+        """Somebody else writes to the image."""
+        self.serial += 1
+        sectors = min(SECTORS, self.size_sectors - block * SECTORS)
+        request = Request(op.REQUEST_WRITE, block * SECTORS, sectors, self.serial)
+        request.data = _content(self.serial, request.sector, sectors)
+        self._cut(request)
+        self.accept(request)
+        self.answered = self.floor = request.index + 1
 
     # --- answers ---
 
@@ -349,6 +357,13 @@ class Guest:
         for request in self.homeless:
             request.accepted = False
             request.since = 0
+
+
+def _content(serial: int, sector: int, sectors: int) -> bytes:
+    """Unlike that of any other request, and of any other place."""
+    parts = [struct.pack("<Q", serial)] * (2 * sectors)
+    parts[1::2] = _TAILS[sector : sector + sectors]
+    return b"".join(parts)
 
 
 def value_of(sector: bytes | bytearray) -> str:

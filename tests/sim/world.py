@@ -41,6 +41,7 @@ GROUPS: Final = 160
 CHANGES: Final = (op.REQUEST_DISCARD, op.REQUEST_ZERO, op.REQUEST_ZERO_UNMAP)
 
 STATES: Final = (
+    "a changed image is refused",
     "a fill",
     "a lost RAM tier is refused",
     "a power loss lost what was not flushed",
@@ -73,6 +74,7 @@ STATES: Final = (
     "power loss",
     "process crash",
     "reconnect",
+    "recovery: cold",
     "recovery: evict",
     "recovery: replay",
     "recovery: warm",
@@ -125,6 +127,11 @@ class Sizes:
     flushes: float
     acknowledge_durable: bool
     ignore_flush: bool
+    sync_interval_ms: int
+    flush_window_ms: int
+    checkpoint_interval_ms: int
+    destage_after_ms: int
+    destage: bool
     patience: float
     """Share of steps in which I/O in flight is left alone."""
     cache_faults: float
@@ -167,6 +174,11 @@ def choose_sizes(rng: random.Random) -> Sizes:
         flushes=(0.02, 0.1, 0.3)[pick(0, 2)],
         acknowledge_durable=random_number() < 0.1,
         ignore_flush=random_number() < 0.04,
+        sync_interval_ms=(2, 50, 1000)[pick(0, 2)],
+        flush_window_ms=(0, 0, 0, 1)[pick(0, 3)],
+        checkpoint_interval_ms=(3, 20, 2000)[pick(0, 2)],
+        destage_after_ms=(0, 5, 1000)[pick(0, 2)],
+        destage=random_number() < 0.85,
         patience=(0.1, 0.4, 0.8)[pick(0, 2)],
         cache_faults=(0.02, 0.2)[pick(0, 1)] if 0.5 <= trouble < 0.65 else 0.0,
         backend_faults=(0.05, 0.4)[pick(0, 1)] if 0.6 <= trouble < 0.8 else 0.0,
@@ -207,6 +219,8 @@ class World:
         self.flipped = False
         """A bit in the cache file has."""
         self.superblock_flipped = False
+        self.image_changed = ""
+        """By others, while it was clean: all of the log was on it, or while it was dirty."""
         self.rot_may_pass = False
         self.tier_lost = False
         """Somebody has deleted the RAM-tier file while the guest lives."""
@@ -233,17 +247,28 @@ class World:
                 self.work(self.sizes.steps)
                 if last:
                     self.finish()
+                    self.check_once_more()
                     return self.states
                 if self.rng.random() < self.sizes.shutdowns:
                     self.close()
             except Crash:
                 self.states["crash between two operations"] += 1
             self.stop()
+            if self.closed_cleanly and self.rng.random() < 0.06:
+                self.write_the_image()
             if not (self.guest_died or self.closed_cleanly) and self.rng.random() < 0.03:
                 self.note("the RAM-tier file is deleted")
                 self.tiers = {}
                 self.tier_lost = True
         return self.states
+
+    def check_once_more(self) -> None:
+        """What has been drained is there whatever happens now."""
+        if self.flipped or self.rng.random() < 0.7:
+            return
+        self.guest.floor = self.guest.answered
+        self.stop()
+        self.open()
 
     def note(self, text: str) -> None:
         """For --trace."""
@@ -290,6 +315,7 @@ class World:
             break
         self.states[f"recovery: {recovered.finding.decision.name.lower()}"] += 1
         self.note(f"recovered: {recovered.finding.what}, {recovered}")
+        self.image_changed = ""
         self.start(recovered, tier)
         return self.judge()
 
@@ -333,11 +359,11 @@ class World:
                 tier_entries=size.entries,
                 acknowledge_durable=size.acknowledge_durable,
                 ignore_flush=size.ignore_flush,
-                sync_interval_ns=50 * MILLISECOND,
-                flush_window_ns=0,
-                checkpoint_interval_ns=20 * MILLISECOND,
-                destage_after_ns=5 * MILLISECOND,
-                destage=True,
+                sync_interval_ns=size.sync_interval_ms * MILLISECOND,
+                flush_window_ns=size.flush_window_ms * MILLISECOND,
+                checkpoint_interval_ns=size.checkpoint_interval_ms * MILLISECOND,
+                destage_after_ns=size.destage_after_ms * MILLISECOND,
+                destage=size.destage,
                 record_blocks=size.record_blocks,
                 fill_bytes=size.fill_blocks * BLOCK,
                 direct_bytes=size.direct_blocks * BLOCK,
@@ -439,8 +465,21 @@ class World:
             return True
         return any(r.durable_seq >= hit.seq and live[r.block] == r.data[0] for r in self.records if r.seq > hit.seq)
 
+    def write_the_image(self) -> None:
+        """Somebody else changes the image while no daemon serves it."""
+        self.note("the image is written by others")
+        block = int(self.rng.random() * self.guest.blocks)
+        clean = not self.backend.versions and self.backend.live == self.guest.state
+        self.guest.foreign_write(block)
+        self.backend.live[block] = self.guest.state[block]
+        self.backend.stamp += 1
+        self.image_changed = "clean" if clean else "dirty"
+
     def refused(self, error: OperationError) -> bool:
         """The log could not be opened: only rot is a reason for that."""
+        if self.image_changed == "dirty":
+            self.states["a changed image is refused"] += 1
+            return False
         if not self.flipped or self.superblock_flipped:
             raise Wrong(f"recovery refuses a cache that is in order: {error}")
         self.states["rot found by recovery"] += 1

@@ -347,9 +347,10 @@ class LogWriter:
         self._sync_waiters.append(waiter)
 
     def drop_waiters(self) -> list[int]:
-        """The tags that wait for commits, which forget them."""
-        tags = self._commit_tags + self._next_tags
-        self._commit_tags, self._next_tags = [], []
+        """The tags that wait for commits, which forget them; our own commits go on."""
+        tags = [tag for tag in self._commit_tags + self._next_tags if tag >= 0]
+        self._commit_tags = [tag for tag in self._commit_tags if tag < 0]
+        self._next_tags = [tag for tag in self._next_tags if tag < 0]
         return tags
 
     @property

@@ -200,14 +200,13 @@ class LogVolume(GuestRequests):
                             if poisonable:
                                 self._fills.poison(block)
                         elif state[old] == DIRTY or state[old] == CLEAN:
-                            state[old] = FREE
+                            state[old] = hits[old] = FREE
                             free.append(old)
                         else:
                             state[old] = ORPHAN
                         where[block] = slot
                         block_of[slot] = block
                         state[slot] = DIRTY
-                        hits[slot] = 0
                         slots[block] = slot
                         room -= 1
                         published += 1
@@ -543,7 +542,6 @@ class LogVolume(GuestRequests):
         block_map.where[block] = slot
         block_map.block_of[slot] = block
         block_map.state[slot] = DIRTY
-        self._cache.hits[slot] = 0
         record.slots[block] = slot
 
     def _replace(self, block: int) -> None:
@@ -554,6 +552,7 @@ class LogVolume(GuestRequests):
             if self._fills.by_block:
                 self._fills.poison(block)
         elif block_map.state[old] in (DIRTY, CLEAN):
+            self._cache.hits[old] = 0
             block_map.release(old)
         else:
             assert block_map.state[old] in (WRITING, PINNED)

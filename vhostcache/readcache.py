@@ -127,7 +127,8 @@ class ReadCache:
         block_map = self._map
         state, block_of, where = block_map.state, block_map.block_of, block_map.where
         hits, queued = self.hits, self._queued
-        freed = []
+        freed: list[int] = []
+        free = freed.append
         for slot in slots:
             if state[slot] != CLEAN or queued[slot]:
                 continue
@@ -138,7 +139,7 @@ class ReadCache:
             else:
                 del where[block_of[slot]]
                 state[slot] = FREE
-                freed.append(slot)
+                free(slot)
         block_map.free += freed
         return len(freed)
 

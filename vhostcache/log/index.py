@@ -109,14 +109,14 @@ class LogIndex:
         """Blocks in ascending order whose payload is now durable at `address`, `address + 1`, ... They are dirty."""
         shift, mask = self._shift, self._mask
         objects, dirty, few_max = self._objects, self.dirty, self._few_max
-        number = -1
+        last = -1
         entry = ObjectIndex(0)
         page = entry.page
         value = address << 1
         for block in blocks:
-            if block >> shift != number:
-                entry.newest = max(entry.newest, value - 2)
-                number = block >> shift
+            number = block >> shift
+            if number != last:
+                last = number
                 entry = objects.get(number) or self._entry(number)
                 page = entry.page
                 if number not in dirty:
@@ -131,8 +131,9 @@ class LogIndex:
                 if len(entry.few) > few_max:
                     self._grow(entry)
                     page = entry.page
+            if entry.newest < value:
+                entry.newest = value
             value += 2
-        entry.newest = max(entry.newest, value - 2)
 
     def zero(self, first: int, end: int, address: int) -> None:
         """Blocks `first` .. `end - 1` read as zeroes from now on, by an extent whose header is at `address`."""

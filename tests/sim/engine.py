@@ -62,8 +62,21 @@ class Tier:
         self.ring[self.head % self.capacity] = (seq, word, slot)
         self.head += 1
 
+    def file(self, volume_uuid: bytes, boot_id: bytes) -> bytes:
+        """The file as it is on tmpfs, byte by byte."""
+        layout = log_tier.TierLayout(len(self.slab), self.capacity)
+        data = bytearray(layout.size_bytes)
+        data[:BLOCK] = log_tier.pack_header(layout, volume_uuid, boot_id, self.uuid, self.epoch)
+        struct.pack_into("<Q", data, log_tier.HEAD_OFFSET_BYTES, self.head)
+        struct.pack_into("<Q", data, log_tier.TAIL_OFFSET_BYTES, self.tail)
+        for index in range(max(0, self.head - self.capacity), self.head):
+            offset = log_tier.entry_offset_bytes(layout, index)
+            data[offset : offset + log_tier.ENTRY_BYTES] = log_tier.pack_entry(*self.ring[index % self.capacity])
+        data[layout.slab_offset_bytes :] = b"".join(self.slab)
+        return bytes(data)
+
     def found(self, volume_uuid: bytes, boot_id: bytes) -> "SlabTier":
-        """What a new process reads in it."""
+        """What a new process reads in it, without the bytes in between."""
         entries = tuple(log_tier.TierEntry(*self.ring[i % self.capacity]) for i in range(self.tail, self.head))
         layout = log_tier.TierLayout(len(self.slab), self.capacity)
         found = SlabTier(volume_uuid, boot_id, self.uuid, self.epoch, layout, self.head, self.tail, entries)
@@ -72,7 +85,7 @@ class Tier:
 
 
 class SlabTier(log_tier.Tier):
-    """What `tier.parse` makes of the mapped file, without the bytes in between."""
+    """As `tier.parse` makes it."""
 
     slab: list[bytes]
 

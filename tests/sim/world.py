@@ -31,6 +31,7 @@ from vhostcache import operations as op
 from vhostcache.errors import OperationError
 from vhostcache.log import recovery
 from vhostcache.log import superblock as superblocks
+from vhostcache.log import tier as log_tier
 from vhostcache.log.recovery import BackendFacts, Recovered
 from vhostcache.log_volume import LogVolume, LogVolumeSettings
 
@@ -53,7 +54,9 @@ STATES: Final = (
     "backend sync failed",
     "backend write failed",
     "bit flip",
+    "bit flip under way",
     "blocks are destaged",
+    "cache outage",
     "cache read failed",
     "cache sync failed",
     "cache write failed",
@@ -83,6 +86,7 @@ STATES: Final = (
     "rot found by recovery",
     "rot in the newest durable record passes for the end of the log",
     "several records in flight",
+    "the RAM tier is read byte by byte",
     "the RAM tier's ring is full",
     "the backend is read into guest memory",
     "the log is full",
@@ -216,11 +220,10 @@ class World:
         self.operations_seen: Counter[str] = Counter()
         """How many were counted for that."""
         self.guest_died = False
-        self.flipped = False
-        """A bit in the cache file has."""
-        self.superblock_flipped = False
-        self.image_changed = ""
-        """By others, while it was clean: all of the log was on it, or while it was dirty."""
+        self.flips: list[tuple[int, bytes, bytes]] = []
+        """Bits that have flipped: block of the cache file, before, after."""
+        self.image_changed = False
+        """By others."""
         self.rot_may_pass = False
         self.tier_lost = False
         """Somebody has deleted the RAM-tier file while the guest lives."""
@@ -228,7 +231,8 @@ class World:
         """What the engine has written to the log, in order."""
         self.calm = False
         """Nothing fails for now."""
-        self.outage_until_ns = 0
+        self.backend_outage_until_ns = 0
+        self.cache_outage_until_ns = 0
         self.closed_cleanly = False
 
     # --- from beginning to end ---
@@ -264,7 +268,7 @@ class World:
 
     def check_once_more(self) -> None:
         """What has been drained is there whatever happens now."""
-        if self.flipped or self.rng.random() < 0.7:
+        if self.flips or self.rng.random() < 0.7:
             return
         self.guest.floor = self.guest.answered
         self.stop()
@@ -289,7 +293,9 @@ class World:
 
     def open(self) -> bool:
         """Recover, start the core, read everything; False if the log was refused, and rightly so."""
-        self.rot()
+        if self.guest.serial and self.rng.random() < self.sizes.flips:
+            self.rot()
+        self.rot_may_pass = not all(self.rot_is_known(*flip) for flip in self.flips)
         while True:
             countdown = 1 + int(self.rng.random() * 8) if self.rng.random() < self.sizes.recovery_crashes else -1
             disk = SyncDisk(self.cache, countdown, (lambda: self.is_the_one("recovery")) if self.fail_at else None)
@@ -315,7 +321,7 @@ class World:
             break
         self.states[f"recovery: {recovered.finding.decision.name.lower()}"] += 1
         self.note(f"recovered: {recovered.finding.what}, {recovered}")
-        self.image_changed = ""
+        self.image_changed = False
         self.start(recovered, tier)
         return self.judge()
 
@@ -330,7 +336,12 @@ class World:
         size = self.sizes
         new = Tier(size.entries, [ZEROES] * size.slots, name, block.epoch + 1 if block else 1)
         self.tiers[name] = new
-        found = old.found(UUID, self.boot_id()) if old else None
+        found: log_tier.Tier | None = None
+        if old and self.rng.random() < 0.05:
+            found = log_tier.parse(old.file(UUID, self.boot_id()))
+            self.states["the RAM tier is read byte by byte"] += 1
+        elif old:
+            found = old.found(UUID, self.boot_id())
         recovered = recovery.recover(disk, found, self.boot_id(), self.backend_facts(), tier_uuid=name)
         self.tiers = {name: new}
         return recovered, new
@@ -392,7 +403,7 @@ class World:
         self.note(f"found {count} of {len(guest.accepted)} accepted changes, {floor} promised")
         if count < len(guest.accepted):
             self.states["a power loss lost what was not flushed"] += 1
-        if self.flipped:
+        if self.flips:
             return False
         guest.settled(disk, self.guest_died)
         if self.guest_died:
@@ -408,7 +419,7 @@ class World:
     def read_everything(self) -> list[bytes | None]:
         """Through the core, undisturbed; None for what is answered with an error."""
         guest, engine = self.guest, self.engine
-        step = 1 if self.flipped else 8
+        step = 1 if self.flips else 8
         probes = []
         self.calm = True
         guest.park()
@@ -424,7 +435,7 @@ class World:
         disk: list[bytes | None] = []
         for probe in probes:
             if probe.failed:
-                if not self.flipped:
+                if not self.flips:
                     raise Wrong(f"{probe} fails after recovery")
                 self.states["rot found by a read"] += 1
                 disk.append(None)
@@ -434,9 +445,7 @@ class World:
         return disk
 
     def rot(self) -> None:
-        """Perhaps a bit in the cache file flips."""
-        if self.rng.random() >= self.sizes.flips or not self.guest.serial:
-            return
+        """A bit in the cache file flips."""
         where = self.rng.random()
         if where < 0.25:
             block = int(8 * where)
@@ -446,21 +455,19 @@ class World:
         else:
             block = RING_BLOCK + int(self.rng.random() * self.sizes.ring_blocks)
         self.note(f"a bit of block {block} flips")
-        self.flipped = True
-        self.superblock_flipped = block < 2
-        self.rot_may_pass = not self.rot_is_known(block)
-        self.guest.errors_allowed = True
+        before = self.cache.live[block]
         self.cache.flip(block, int(self.rng.random() * BLOCK * 8))
+        self.flips.append((block, before, self.cache.live[block]))
+        self.guest.errors_allowed = True
         self.states["bit flip"] += 1
 
-    def rot_is_known(self, block: int) -> bool:
-        """Whether something else says that what is in this block was durable, or nothing needs it."""
+    def rot_is_known(self, block: int, before: bytes, after: bytes) -> bool:
+        """Whether something else says that what was in this block was durable, or nothing needs it."""
         live = self.cache.live
         hit = next((r for r in reversed(self.records) if r.block <= block < r.block + r.count), None)
-        if hit is None or live[block] != hit.data[block - hit.block]:
+        if hit is None or live[block] != after or before != hit.data[block - hit.block]:
             return True
-        blocks = (superblocks.unpack(live[0]), superblocks.unpack(live[1]))
-        known = superblocks.newest(*blocks)
+        known = superblocks.newest(superblocks.unpack(live[0]), superblocks.unpack(live[1]))
         if known is None or known.durable_seq >= hit.seq:
             return True
         return any(r.durable_seq >= hit.seq and live[r.block] == r.data[0] for r in self.records if r.seq > hit.seq)
@@ -469,18 +476,17 @@ class World:
         """Somebody else changes the image while no daemon serves it."""
         self.note("the image is written by others")
         block = int(self.rng.random() * self.guest.blocks)
-        clean = not self.backend.versions and self.backend.live == self.guest.state
         self.guest.foreign_write(block)
         self.backend.live[block] = self.guest.state[block]
         self.backend.stamp += 1
-        self.image_changed = "clean" if clean else "dirty"
+        self.image_changed = True
 
     def refused(self, error: OperationError) -> bool:
         """The log could not be opened: only rot is a reason for that."""
-        if self.image_changed == "dirty":
+        if self.image_changed:
             self.states["a changed image is refused"] += 1
             return False
-        if not self.flipped or self.superblock_flipped:
+        if all(block < 2 for block, _, _ in self.flips) and len(self.flips) < 2:
             raise Wrong(f"recovery refuses a cache that is in order: {error}")
         self.states["rot found by recovery"] += 1
         return False
@@ -555,11 +561,17 @@ class World:
             self.volume.set_write_cache(on)
             self.guest.write_through = (not on or self.sizes.acknowledge_durable) and not self.sizes.ignore_flush
             self.engine.deadline_ns = 0
-        elif choice < 0.8:
+        elif choice < 0.7:
             self.reconnect()
+        elif self.sizes.flips and self.rng.random() < 0.3:
+            self.states["bit flip under way"] += 1
+            self.rot()
         elif self.sizes.backend_faults:
             self.states["backend outage"] += 1
-            self.outage_until_ns = self.now_ns + int(self.rng.random() * 2000) * MILLISECOND
+            self.backend_outage_until_ns = self.now_ns + int(self.rng.random() * 2000) * MILLISECOND
+        elif self.sizes.cache_faults:
+            self.states["cache outage"] += 1
+            self.cache_outage_until_ns = self.now_ns + int(self.rng.random() * 2000) * MILLISECOND
 
     def end_some(self) -> None:
         """Some of the I/O in flight ends."""
@@ -582,10 +594,12 @@ class World:
         if self.fail_at:
             failed = self.is_the_one("cache" if on_cache else "backend")
         elif on_cache:
-            failed = self.sizes.cache_faults > 0 and self.rng.random() < self.sizes.cache_faults
+            failed = self.sizes.cache_faults > 0 and (
+                self.now_ns < self.cache_outage_until_ns or self.rng.random() < self.sizes.cache_faults
+            )
         else:
             failed = self.sizes.backend_faults > 0 and (
-                self.now_ns < self.outage_until_ns or self.rng.random() < self.sizes.backend_faults
+                self.now_ns < self.backend_outage_until_ns or self.rng.random() < self.sizes.backend_faults
             )
         if failed:
             self.guest.errors_allowed = True
@@ -651,9 +665,10 @@ class World:
         """Without faults any more: every request is answered, the log is drained, the backend is right."""
         self.note("finish")
         self.engine.countdown = -1
-        self.outage_until_ns = 0
+        self.backend_outage_until_ns = self.cache_outage_until_ns = 0
         self.sizes = replace(self.sizes, cache_faults=0.0, backend_faults=0.0)
-        if self.flipped:
+        if self.flips:
+            self.look_at_the_rotten()
             return
         self.until(lambda: not self.guest.live and not self.engine.incoming, "answering")
         self.volume.drain()
@@ -665,6 +680,18 @@ class World:
             if durable != content:
                 raise Wrong(f"after draining, block {block} of the backend is not what the guest wrote")
         self.states["drained"] += 1
+
+    def look_at_the_rotten(self) -> None:
+        """With rot in it, a log need not drain; but nothing wrong gets to the backend."""
+        self.volume.drain()
+        self.engine.deadline_ns = 0
+        for _ in range(300):
+            self.engine.turn(self.volume, self.now_ns)
+            if self.engine.io:
+                self.end(int(self.rng.random() * len(self.engine.io)))
+            else:
+                self.now_ns += 50 * MILLISECOND
+        self.guest.check_known(list(self.backend.live))
 
     def until(self, done: Callable[[], bool], what: str) -> None:
         """Turn until it is done; time goes on only when nothing else does."""

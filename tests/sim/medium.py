@@ -87,16 +87,12 @@ class Medium:
         self.reported.clear()
 
     def flip(self, block: int, bit: int) -> None:
-        """One bit rots, in every version there is."""
+        """One bit of what is there rots, and that is durable."""
         byte, mask = bit >> 3, 1 << (bit & 7)
-
-        def flipped(data: bytes) -> bytes:
-            return data[:byte] + bytes((data[byte] ^ mask,)) + data[byte + 1 :]
-
-        self.live[block] = flipped(self.live[block])
-        if block in self.versions:
-            self.versions[block] = [flipped(data) for data in self.versions[block][:-1]] + [self.live[block]]
-            self.reported.pop(block, None)
+        data = self.live[block]
+        self.live[block] = data[:byte] + bytes((data[byte] ^ mask,)) + data[byte + 1 :]
+        self.versions.pop(block, None)
+        self.reported.pop(block, None)
 
 
 class SyncDisk:

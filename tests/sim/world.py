@@ -295,8 +295,10 @@ class World:
         """Recover, start the core, read everything; False if the log was refused, and rightly so."""
         if self.guest.serial and self.rng.random() < self.sizes.flips:
             self.rot()
-        self.rot_may_pass = not all(self.rot_is_known(*flip) for flip in self.flips)
+        self.rot_may_pass = False
         while True:
+            if not all(self.rot_is_known(*flip) for flip in self.flips):
+                self.rot_may_pass = True
             countdown = 1 + int(self.rng.random() * 8) if self.rng.random() < self.sizes.recovery_crashes else -1
             disk = SyncDisk(self.cache, countdown, (lambda: self.is_the_one("recovery")) if self.fail_at else None)
             try:

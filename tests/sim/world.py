@@ -318,9 +318,11 @@ class World:
                     self.power_loss()  # the way out: the guest is off
                     continue
                 return self.refused(error)
-            if self.tier_lost:
+            before = recovered.finding.superblock
+            if self.tier_lost and before is not None and not before.clean:  # it died when it had already closed
                 raise Wrong("the log is opened although its RAM tier is lost")
             break
+        self.tier_lost = False
         self.states[f"recovery: {recovered.finding.decision.name.lower()}"] += 1
         self.note(f"recovered: {recovered.finding.what}, {recovered}")
         self.image_changed = False

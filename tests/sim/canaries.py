@@ -12,24 +12,25 @@ from vhostcache import operations as op
 from vhostcache.fill import Fills
 from vhostcache.log import checkpoint, decision, destage, recovery, walk, writer
 from vhostcache.log.superblock import A_OFFSET_BYTES, B_OFFSET_BYTES
-from vhostcache.map import DIRTY, FREE, WRITING
+from vhostcache.map import DIRTY, FREE, ORPHAN, WRITING
 
 CANARIES: Final[dict[str, Callable[[], None]]] = {}
 SIZES: Final[dict[str, dict[str, Any]]] = {}
 """For those that take many seeds otherwise: what kind of run finds them soon."""
 _STALE_RECORDS: Final = {
     "openings": 4,
-    "steps": 14,
+    "steps": 9,
     "power": 1.0,
-    "depth": 24,
-    "flushes": 0.1,
-    "writes": 0.95,
-    "patience": 0.4,
+    "burst": 1,
+    "flushes": 0.3,
+    "writes": 1.0,
+    "patience": 0.1,
     "whole": 1.0,
     "shutdowns": 0.0,
     "recovery_crashes": 0.0,
     "cache_faults": 0.0,
     "flips": 0.0,
+    "sync_interval_ms": 2,
 }
 
 
@@ -64,13 +65,22 @@ def destage_what_is_not_durable() -> None:
 
     def choose(original: Any, self: Any, chosen: Any, block: int, value: int, fetch: Any) -> None:
         slot = self._map.where.get(block)
-        if slot is not None and self._map.state[slot] in (DIRTY, WRITING):
+        if slot is not None and self._map.state[slot] in (DIRTY, WRITING) and self._staging:
+            copy = self._staging.pop()
+            self._io.copy_slot(slot, copy)
+            chosen.staged.append(copy)
             chosen.blocks.append(block)
-            chosen.slots.append(slot)
+            chosen.slots.append(copy)
         else:
             original(self, chosen, block, value, fetch)
 
+    def unpin(original: Any, self: Any, chosen: Any) -> None:
+        original(self, chosen)
+        self._staging += chosen.staged
+        chosen.staged = []
+
     _patch(destage.LogDestager, "_choose_source", choose)
+    _patch(destage.LogDestager, "_unpin", unpin)
 
 
 @canary
@@ -88,6 +98,8 @@ def ring_space_before_the_superblock_is_durable() -> None:
 def zeroes_behind_newer_data_of_their_record() -> None:
     """Hazard 8: no new record is begun for an extent of zeroes that follows data of the same blocks."""
 
+    behind: set[int] = set()
+
     def zero(original: Any, self: Any, request: Any) -> Any:
         first, end = (request[2] + 7) >> 3, (request[2] + request[3]) >> 3
         record, block_map = self._writer.open, self._map
@@ -104,7 +116,15 @@ def zeroes_behind_newer_data_of_their_record() -> None:
                 if block_map.state[slot] == FREE:
                     block_map.free.remove(slot)
                     block_map.state[slot] = DIRTY
+                    behind.add(slot)
 
+    def sealed(original: Any, self: Any) -> None:
+        original(self)
+        for slot in [slot for slot in behind if self._map.state[slot] == WRITING]:
+            behind.remove(slot)
+            self._map.state[slot] = ORPHAN
+
+    _patch(writer.LogWriter, "seal", sealed)
     _patch(log_volume.LogVolume, "_zero", zero)
 
 
@@ -115,16 +135,16 @@ def flush_without_the_records_in_flight() -> None:
     def schedule(original: Any, self: Any, now_ns: int) -> Any:
         deadline_ns = original(self, now_ns)
         if self._flush is None and self._committing and not self.blocked:
-            self._written_seq = max(self._written_seq, self._commit_seq)
             self._start_flush()
         return deadline_ns
 
-    def written(original: Any, self: Any, record: Any, result: int) -> None:
-        if record in self._records:
-            original(self, record, result)
+    def flushed(original: Any, self: Any, flush: Any, result: int) -> None:
+        original(self, flush, result)
+        if self._committing and result == 0:
+            self._end_commit()
 
     _patch(writer.LogWriter, "schedule", schedule)
-    _patch(writer.LogWriter, "record_written", written)
+    _patch(writer.LogWriter, "flushed", flushed)
 
 
 @canary

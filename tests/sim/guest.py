@@ -231,6 +231,8 @@ class Guest:
 
     def completed(self, tag: int, status: int) -> None:
         """The engine has answered."""
+        if tag not in self.live:
+            raise Wrong(f"tag {tag} is answered although no request has it")
         request = self.live.pop(tag)
         kind = request.kind
         request.answered = True

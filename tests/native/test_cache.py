@@ -318,6 +318,22 @@ def test_a_guest_that_keeps_its_write_cache_does_not_lose_it_by_a_kill(disk: Cac
     assert log["fdatasyncs"] < 32, "it is not in write-through"
 
 
+def test_a_bios_that_cannot_flush_does_not_decide_for_the_system_that_comes_after_it(disk: CachedDisk) -> None:
+    disk.daemon.start()
+    with disk.frontend(features=()) as f:
+        f.write(FREE, noise(4096, "boot"))
+    disk.daemon.kill()
+    disk.daemon.start()
+    assert disk.daemon.events("volume")[0]["write_cache"] is True
+    with disk.frontend() as f:
+        assert f.read(FREE, 4096) == noise(4096, "boot")
+        f.flush()
+        for i in range(64):
+            f.write(FREE + i * 4096, noise(4096, i))
+    log = disk.daemon.stop()["vda"]["log"]
+    assert log["fdatasyncs"] < 32, "it is not in write-through"
+
+
 def test_load_with_destaging_and_wrap_around_is_verified(disk: CachedDisk) -> None:
     disk.use("--destage", "on", "--destage-after", "10ms")
     disk.daemon.start()

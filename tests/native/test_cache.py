@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.guest import VHOSTCACHE
+from tests.frontend import GoneError, RefusedError
+from tests.guest import VHOSTCACHE, GuestError
 from tests.native.conftest import DISK_BYTES, FREE, MIB, Disk, NativeDaemon, bench, noise
 from vhostcache.backend import mark
 from vhostcache.backend.mark import Mark
@@ -620,6 +621,22 @@ def test_discarding_has_no_effect_on_a_cache_that_can_be_used(disk: CachedDisk) 
     disk.daemon.start()
     assert has_pieces(disk, "dirty")
     assert not disk.daemon.events("dirty-data-discarded")
+
+
+def test_an_image_that_shrinks_ends_the_volume_and_the_log_keeps_what_it_has(disk: CachedDisk) -> None:
+    disk.daemon.start()
+    write_pieces(disk, "dirty", flush=True)
+    os.truncate(disk.image, MIB)
+    with disk.frontend() as f, contextlib.suppress(GoneError, RefusedError):
+        f.read(32 * MIB, 65536)
+        f.read(33 * MIB, 65536)
+    with pytest.raises(GuestError, match="ended with 1"):
+        disk.daemon.wait()
+    assert disk.daemon.events("image-shrank")
+    assert disk.daemon.events("closed")
+    assert "has 1048576 bytes" in disk.refused()
+    os.truncate(disk.image, DISK_BYTES)
+    assert "has been written by others" in disk.refused()
 
 
 # Block devices: no marks, and no size but their own.

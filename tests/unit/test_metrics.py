@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vhostcache.metrics import bucket_bounds, percentile_ns, statistics
+from vhostcache.metrics import bucket_bounds, log_status, percentile_ns, statistics
 
 
 def bucket_of(value: int) -> int:
@@ -69,6 +69,30 @@ def test_the_merge_ratio_is_how_many_writes_one_write_to_the_backend_stands_for(
     assert fields["merge_ratio"] == 512
     assert fields["depth"] == {"now": 0, "mean": 2.0, "max": 4}
     assert (fields["hits"], fields["flushes_received"], fields["flushes_performed"]) == (7, 3, 1)
+
+
+def test_a_log_is_told_by_itself_with_what_it_costs_for_each_byte_accepted() -> None:
+    levels = {"log_blocks": 1000, "log_used_blocks": 130, "volatile_blocks": 2}
+    core = {**levels, "log_records": 4, "log_payload_blocks": 100, "hits": 1}
+    engine = counters(
+        bytes=[0, 100 * 4096, 0, 0, 0, 0],
+        log_ops=[1, 4, 2, 6],
+        log_bytes=[4096, 104 * 4096, 0, 6 * 4096],
+        log_crc_errors=3,
+    )
+    fields = statistics(engine, core)
+    assert not [key for key in fields if key.startswith("log_")]
+    log = fields["log"]
+    assert (log["blocks"], log["used_blocks"], log["records"], log["crc_errors"]) == (1000, 130, 4, 3)
+    assert log["operations"] == {"read": 1, "write": 4, "flush": 2, "superblock": 6}
+    assert log["mean_payload_bytes"] == 25 * 4096
+    assert log["written_per_accepted"] == 1.1
+    assert log_status(core) == {
+        "log_bytes": 1000 * 4096,
+        "log_used_bytes": 130 * 4096,
+        "volatile_bytes": 2 * 4096,
+    }
+    assert "log" not in statistics(counters(), {"hits": 1})
 
 
 def test_latencies_are_in_microseconds_by_kind() -> None:

@@ -65,22 +65,17 @@ def destage_what_is_not_durable() -> None:
 
     def choose(original: Any, self: Any, chosen: Any, block: int, value: int, fetch: Any) -> None:
         slot = self._map.where.get(block)
-        if slot is not None and self._map.state[slot] in (DIRTY, WRITING) and self._staging:
-            copy = self._staging.pop()
+        if slot is not None and self._map.state[slot] in (DIRTY, WRITING) and self._map.free:
+            copy = self._map.free.pop()
+            self._map.state[copy] = ORPHAN
             self._io.copy_slot(slot, copy)
-            chosen.staged.append(copy)
+            chosen.pinned.append(copy)
             chosen.blocks.append(block)
             chosen.slots.append(copy)
         else:
             original(self, chosen, block, value, fetch)
 
-    def unpin(original: Any, self: Any, chosen: Any) -> None:
-        original(self, chosen)
-        self._staging += chosen.staged
-        chosen.staged = []
-
     _patch(destage.LogDestager, "_choose_source", choose)
-    _patch(destage.LogDestager, "_unpin", unpin)
 
 
 @canary

@@ -22,8 +22,10 @@ GUEST_PACKAGES := qemu-system-x86 qemu-utils busybox-static e2fsprogs xfsprogs f
 TEST_PACKAGES := user-mode-linux util-linux libvirt-daemon-system libvirt-clients libxml2-utils systemd clang-14 libclang-rt-14-dev valgrind
 LINT_PACKAGES := clang-14 shellcheck libxml2-utils libvirt-clients
 
-# How long `make soak` works at each of its parts, and `make fuzz` at each target.
+# How long `make soak` works at each of its parts, how often it kills the daemon in each of avocado/kills.py, and how long `make fuzz`
+# works at each target.
 SOAK_SECONDS ?= 600
+SOAK_KILLS ?= 100
 SOAK_SEEDS ?= 1000000
 FUZZ_SECONDS ?= 20
 
@@ -109,9 +111,10 @@ bench: setup-test ## speed, beside qemu-storage-daemon: docs/performance.md says
 soak: setup-test ## the simulator with SOAK_SEEDS seeds, the random tests and fuzzers with SOAK_SECONDS each
 	@$(BIN)/python -m tests.sim --seeds $(SOAK_SEEDS) --first 1000000
 	@SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/pytest tests
+	@KILLS=$(SOAK_KILLS) $(BIN)/avocado --show app,avocado.test.progress run --max-parallel-tasks=1 \
+		--job-results-dir .cache/avocado avocado/kills.py
 	@scripts/sanitize
 	@FUZZ_SECONDS=$(SOAK_SECONDS) scripts/fuzz
-	@KILLS=100 $(BIN)/avocado run --max-parallel-tasks=1 --job-results-dir .cache/avocado avocado/cache.py
 
 .PHONY: lint
 lint: packages-lint $(STAMPS)/install ## ruff, mypy, import-linter, shellcheck, examples, the C with warnings as errors

@@ -43,6 +43,12 @@ class Daemon:
         return cls(log or config.with_suffix(".log"), "serve", config)
 
     def start(self) -> Self:
+        self.launch()
+        self.wait_for("ready", READY_TIMEOUT_S)
+        return self
+
+    def launch(self) -> None:
+        """Starts it and waits for nothing."""
         assert self._process is None, "already started"
         with self.log.open("ab") as log:
             self._log_offset = log.tell()
@@ -52,8 +58,6 @@ class Daemon:
                 stdout=subprocess.DEVNULL,
                 stderr=log,
             )
-        self.wait_for("ready", READY_TIMEOUT_S)
-        return self
 
     def __enter__(self) -> Self:
         return self.start()

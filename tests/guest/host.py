@@ -5,7 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from tests.guest import GuestError
+from tests.guest import VHOSTCACHE, GuestError
 
 # sbin is not on a user's PATH in Debian.
 ENVIRONMENT = {**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "LC_ALL": "C"}
@@ -13,6 +13,11 @@ CHECK_TIMEOUT_S = 120
 
 
 def _check(*command: str | Path) -> str:
+    return _run(0, *command)
+
+
+def _run(status: int, *command: str | Path) -> str:
+    """What a command prints that has to end with `status`."""
     line = [str(c) for c in command]
     ended = subprocess.run(
         line,
@@ -23,7 +28,7 @@ def _check(*command: str | Path) -> str:
         timeout=CHECK_TIMEOUT_S,
         check=False,
     )
-    if ended.returncode != 0:
+    if ended.returncode != status:
         raise GuestError(f"`{' '.join(line)}` ended with {ended.returncode}:\n{ended.stdout}{ended.stderr}")
     return ended.stdout
 
@@ -100,3 +105,12 @@ def verify_fio(image: Path, job: str) -> None:
         "--ioengine=psync",
         "--minimal",
     )
+
+
+def check_cache(cache: Path, image: Path, ram_dir: Path, *, dirty: bool) -> None:
+    """`vhostcache check`: no damage, and `dirty` or clean as it has to be."""
+    _run(1 if dirty else 0, VHOSTCACHE, "check", cache, "--backend", image, "--ram-dir", ram_dir)
+
+
+def drain_cache(cache: Path, image: Path, ram_dir: Path) -> None:
+    _check(VHOSTCACHE, "drain", cache, "--backend", image, "--ram-dir", ram_dir)

@@ -13,15 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.cases import FULL, MIB, OURS, QUICK, Bar, Case, Scale, make_cases
+from tests.bench.cases import FIO, FULL, MIB, OURS, QUICK, Bar, Case, Scale, Steady, log_cases, make_cases
+from tests.bench.load import bench, sequential_write
+from tests.bench.logs import Caches, Fact, LogBench
 from tests.bench.report import markdown, plot, put_between_marks
 from tests.bench.servers import CLIENT_CPU, ROOT, SERVER_CPU, VHOSTCACHE, BenchError, Running, Server, known_servers
 from tests.frontend import Frontend
@@ -43,6 +45,7 @@ class Results:
     idle_share: dict[str, float] = field(default_factory=dict)
     memory_bytes: int = 0
     verified_bytes: dict[str, int] = field(default_factory=dict)
+    facts: list[Fact] = field(default_factory=list)
 
     def median(self, case: Case, server: str) -> float:
         return statistics.median(self.cases[case.name][server])
@@ -64,19 +67,9 @@ def make_image(path: Path, size: int) -> None:
         raise BenchError(f"{path} is on {kind}: the image has to be on a disk (--dir)")
 
 
-def bench(socket: Path, *options: str, timeout_s: float = 600) -> dict[str, Any]:
-    """One run of `vhostcache bench`. Returns its report."""
-    command = [str(VHOSTCACHE), "bench", str(socket), *options, "--cpus", str(CLIENT_CPU), "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-    if run.returncode != 0:
-        raise BenchError(f"{' '.join(command[1:])}: {run.stderr.strip()}")
-    report: dict[str, Any] = json.loads(run.stdout)
-    return report
-
-
 def load_options(case: Case) -> list[str]:
     options = ["--rw", case.rw, "--bs", str(case.bs), "--iodepth", str(case.iodepth), "--size", str(case.size)]
-    return [*options, *(["--poll"] if case.poll else [])]
+    return [*options, *(["--poll"] if case.poll else []), *(["--fsync", str(case.fsync)] if case.fsync else [])]
 
 
 def measure(case: Case, running: Running) -> tuple[float, dict[str, float]]:
@@ -92,33 +85,57 @@ def measure(case: Case, running: Running) -> tuple[float, dict[str, float]]:
     if report["error"] or direction["total_ios"] == 0:
         raise BenchError(f"{case.name} on {running.server.name}: {report['error'] or 'nothing was done'}")
     p = direction["clat_ns"]["percentile"]
-    latencies = {name: p[key] / 1000 for name, key in (("p50", "50.000000"), ("p99", "99.000000"))}
+    latencies = {
+        name: p[key] / 1000 for name, key in (("p50", "50.000000"), ("p99", "99.000000"), ("p99.9", "99.900000"))
+    }
+    latencies["max"] = direction["clat_ns"]["max"] / 1000
     return direction["bw_bytes"] / MIB if case.unit == "MiB/s" else direction["iops"], latencies
 
 
 class Bench:
     """One pass over all that is to be measured."""
 
-    def __init__(self, scale: Scale, image: Path, folder: Path) -> None:
-        self.scale, self.image, self.folder = scale, image, folder
+    def __init__(self, scale: Scale, image: Path, folder: Path, caches: Caches) -> None:
+        self.scale, self.image, self.folder, self.caches = scale, image, folder, caches
         self.servers = known_servers()
         self.results = Results(scale)
+        self.logs = LogBench(scale, self.servers[OURS], image, folder, caches)
 
-    def start(self, server: Server, size: int) -> Running:
-        return Running(server, self.image, size, self.scale.ram, self.folder)
+    def start(self, server: Server, size: int, options: Sequence[str] = ()) -> Running:
+        return Running(server, self.image, size, self.scale.ram, self.folder, options)
 
     def run_case(self, case: Case) -> None:
         figures = self.results.cases.setdefault(case.name, {name: [] for name in case.servers})
         for _ in range(self.scale.runs):
             for name in case.servers:
-                with self.start(self.servers[name], case.size) as running:
+                if name == FIO:
+                    figures[name].append(sequential_write(self.image, case.size, case.runtime_s) / case.unit_bytes)
+                    continue
+                with self.start(self.servers[name], case.size, self._log_options(case, name)) as running:
                     figure, latencies = measure(case, running)
                     figures[name].append(figure)
-                    self.results.latency_us.setdefault(case.name, {})[name] = latencies
-                    if name == OURS:
+                    known = self.results.latency_us.setdefault(case.name, {})
+                    latencies["max"] = max(latencies["max"], known.get(name, latencies)["max"])  # of all runs
+                    known[name] = latencies
+                    if name == OURS and not case.log_bytes:
                         self.results.memory_bytes = max(self.results.memory_bytes, running.memory_bytes())
         shown = ", ".join(f"{name} {self.results.median(case, name):,.0f}" for name in case.servers)
         console.print(f"{case.name} [{case.unit}]: {shown}")
+
+    def _log_options(self, case: Case, server: str) -> list[str]:
+        """An empty log for ours, if the case has one; anybody else finds the image without one."""
+        if not case.log_bytes:
+            return []
+        self.caches.make(case.log_bytes)
+        return (
+            self.caches.options(case.log_bytes, "--destage", "on" if case.destage else "off") if server == OURS else []
+        )
+
+    def run_scenario(self, name: str) -> None:
+        """One of those on a disk with a log."""
+        for fact in self.logs.scenarios[name]():
+            self.results.facts.append(fact)
+            console.print(f"{fact.what}: {fact.found}")
 
     def run_idle(self) -> None:
         """Processor time of a daemon that has worked: with a guest that is silent, and with none."""
@@ -166,12 +183,20 @@ def ram_bytes(scale: Scale) -> int:
     return int(scale.ram[:-3]) * MIB
 
 
-def judge(results: Results, bars: Iterable[Bar]) -> list[Verdict]:
+def judge(results: Results, bars: Iterable[Bar], steady: Iterable[Steady]) -> list[Verdict]:
     verdicts = []
     for bar in bars:
         ratio = results.median(bar.case, OURS) / results.median(bar.case, bar.against)
         what = f"{bar.case.name}: ours / {bar.against}"
         verdicts.append(Verdict(what, f"{ratio:.2f}x", f"≥ {bar.least:g}x", ratio >= bar.least))
+    for demand in steady:
+        latency = results.latency_us[demand.case.name][OURS]
+        stall_s, spread = latency["max"] / 1e6, latency["p99.9"] / latency["p50"]
+        what = f"{demand.case.name}: longest request"
+        verdicts.append(Verdict(what, f"{stall_s:.3f} s", f"≤ {demand.stall_s:g} s", stall_s <= demand.stall_s))
+        what = f"{demand.case.name}: p99.9 / p50"
+        verdicts.append(Verdict(what, f"{spread:.1f}x", f"≤ {demand.spread:g}x", spread <= demand.spread))
+    verdicts += [Verdict(fact.what, fact.found, fact.bar, fact.cleared) for fact in results.facts if fact.has_bar]
     for state, share in results.idle_share.items():
         found = f"{share * 100:.4f} %"
         verdicts.append(Verdict(f"idle, {state}: of one processor", found, f"< {IDLE_SHARE:.1%}", share < IDLE_SHARE))
@@ -213,12 +238,13 @@ def as_json(results: Results, verdicts: list[Verdict]) -> dict[str, Any]:
     return {
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
-        "scale": vars(results.scale),
+        "scale": asdict(results.scale),
         "cases": results.cases,
         "latency_us": results.latency_us,
         "idle_share": results.idle_share,
         "memory_bytes": results.memory_bytes,
         "verified_bytes": results.verified_bytes,
+        "facts": [{"what": f.what, "value": f.value, "unit": f.unit, "found": f.found} for f in results.facts],
         "verdicts": [vars(v) for v in verdicts],
     }
 
@@ -233,20 +259,26 @@ def run(arguments: argparse.Namespace) -> int:
     check_machine()
     scale = QUICK if arguments.quick else FULL
     if arguments.runs:
-        scale = Scale(**(vars(scale) | {"runs": arguments.runs}))
+        scale = replace(scale, runs=arguments.runs, log=replace(scale.log, dbench_runs=arguments.runs))
     image = arguments.dir / f"disk-{scale.image_bytes // MIB}.img"
     cases, bars = make_cases(scale)
-    cases = [c for c in cases if not arguments.only or arguments.only in c.name]
-    bars = [b for b in bars if b.case in cases]
+    with_log, bars_with_log, steady = log_cases(scale)
+    cases = [c for c in cases + with_log if not arguments.only or arguments.only in c.name]
+    bars = [b for b in bars + bars_with_log if b.case in cases]
+    steady = [s for s in steady if s.case in cases]
     make_image(image, scale.image_bytes)
-    with tempfile.TemporaryDirectory(prefix="vhostcache-bench-") as folder:
-        bench_run = Bench(scale, image, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="vhostcache-bench-") as folder, Caches(image) as caches:
+        bench_run = Bench(scale, image, Path(folder), caches)
         bench_run.run_verification()
         for case in cases:
             bench_run.run_case(case)
+        for name in bench_run.logs.scenarios:
+            if not arguments.only or arguments.only in name:
+                bench_run.run_scenario(name)
+        caches.remove()
         if not arguments.only:
             bench_run.run_idle()
-    verdicts = judge(bench_run.results, bars)
+    verdicts = judge(bench_run.results, bars, steady)
     print_verdicts(verdicts)
     data = as_json(bench_run.results, verdicts)
     output = arguments.output or arguments.dir / ("quick.json" if arguments.quick else "result.json")
@@ -266,7 +298,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small and short: that everything runs, not how fast")
     parser.add_argument("--dir", type=Path, default=ROOT / ".cache" / "bench", help="where the image lies: a real disk")
     parser.add_argument("--runs", type=int, help="repetitions of each case")
-    parser.add_argument("--only", help="only cases with this in their name")
+    parser.add_argument("--only", help="only cases and scenarios with this in their name")
     parser.add_argument("--output", type=Path, help="the JSON file")
     parser.add_argument("--docs", action="store_true", help="write the figures into docs/performance.md")
     parser.add_argument("--strict", action="store_true", help="exit 1 if a bar is not cleared")

@@ -3,7 +3,27 @@
 from dataclasses import dataclass
 
 OURS, PEER, NULL, COPY = "vhostcache", "qemu-storage-daemon", "null", "null --copy"
+FIO = "fio, sequential"  # no server: fio on the host writes 1 MiB, QD4, from one end of the image to the other
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+@dataclass(frozen=True)
+class LogScale:
+    """How large and how long, of what has a log. None of the loads fills its log, except the sustained one."""
+
+    held_bytes: int  # the log while destaging is off, and how long that takes
+    held_s: float
+    log_bytes: int  # the log while destaging is on
+    sustained_s: float
+    flushed_s: float
+    slow_s: float  # at each delay of the backend
+    delays_ms: tuple[int, ...]
+    flush_rounds: int
+    dirty_bytes: int  # what a killed daemon leaves
+    large_bytes: int  # a cache that is hardly used
+    dbench_s: int
+    dbench_clients: int
+    dbench_runs: int
 
 
 @dataclass(frozen=True)
@@ -17,11 +37,35 @@ class Scale:
     sustained_s: float
     idle_s: float
     runs: int
+    log: LogScale
     depths: tuple[int, ...] = (32, 1)
     sequential_bytes: tuple[int, ...] = (64 * KIB, MIB)
 
 
-FULL = Scale(4 * GIB, 128 * MIB, "256MiB", runtime_s=2, sustained_s=30, idle_s=10, runs=3)
+FULL = Scale(
+    4 * GIB,
+    128 * MIB,
+    "256MiB",
+    runtime_s=2,
+    sustained_s=30,
+    idle_s=10,
+    runs=3,
+    log=LogScale(
+        held_bytes=16 * GIB,
+        held_s=15,
+        log_bytes=8 * GIB,
+        sustained_s=60,
+        flushed_s=15,
+        slow_s=10,
+        delays_ms=(0, 10, 100),
+        flush_rounds=200,
+        dirty_bytes=4 * GIB,
+        large_bytes=64 * GIB,
+        dbench_s=20,
+        dbench_clients=4,
+        dbench_runs=3,
+    ),
+)
 QUICK = Scale(
     96 * MIB,
     8 * MIB,
@@ -30,6 +74,21 @@ QUICK = Scale(
     sustained_s=0.3,
     idle_s=0.5,
     runs=1,
+    log=LogScale(
+        held_bytes=128 * MIB,
+        held_s=0.3,
+        log_bytes=64 * MIB,
+        sustained_s=1,
+        flushed_s=0.3,
+        slow_s=0.5,
+        delays_ms=(0, 10),
+        flush_rounds=5,
+        dirty_bytes=16 * MIB,
+        large_bytes=256 * MIB,
+        dbench_s=2,
+        dbench_clients=2,
+        dbench_runs=1,
+    ),
     depths=(32,),
     sequential_bytes=(MIB,),
 )
@@ -47,16 +106,35 @@ class Case:
     runtime_s: float
     servers: tuple[str, ...]
     warm: bool = False  # go over `size` once before, unmeasured
+    log_bytes: int = 0  # ours has a log of this size
+    destage: bool = True  # and writes it to the image while it has room
+    fsync: int = 0  # a drained flush after so many writes
 
     @property
     def name(self) -> str:
-        size = f"{self.bs // MIB} MiB" if self.bs >= MIB else f"{self.bs // KIB} KiB"
-        over = f"{self.size // GIB} GiB" if self.size >= GIB else f"{self.size // MIB} MiB"
-        return f"{self.rw} {size} QD{self.iodepth} over {over}, {'polling' if self.poll else 'sleeping'}"
+        name = f"{self.rw} {in_words(self.bs)} QD{self.iodepth} over {in_words(self.size)}"
+        name += ", polling" if self.poll else ", sleeping"
+        if self.log_bytes:
+            name += f", log of {in_words(self.log_bytes)}{'' if self.destage else ' not destaged'}"
+        if self.fsync:
+            name += f", flush every {self.fsync}" if self.fsync > 1 else ", flush after each"
+        return name
 
     @property
     def unit(self) -> str:
         return "MiB/s" if self.bs >= 64 * KIB else "IOPS"
+
+    @property
+    def unit_bytes(self) -> int:
+        """What one of its unit is: for a server that is measured in bytes."""
+        return MIB if self.unit == "MiB/s" else self.bs
+
+
+def in_words(size: int) -> str:
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB")):
+        if size >= unit:
+            return f"{size // unit} {name}"
+    return f"{size // KIB} KiB"
 
 
 @dataclass(frozen=True)
@@ -66,6 +144,32 @@ class Bar:
     case: Case
     against: str
     least: float
+
+
+@dataclass(frozen=True)
+class Steady:
+    """In this case no request of ours may take longer than `stall_s`, and the p99.9 at most `spread` times the p50."""
+
+    case: Case
+    stall_s: float = 1.0
+    spread: float = 10.0
+
+
+def log_cases(scale: Scale) -> tuple[list[Case], list[Bar], list[Steady]]:
+    """Loads on a disk with a log, beside the peer, which has none and writes to the image."""
+    log = scale.log
+
+    def case(depth: int, runtime_s: float, size: int, fsync: int = 0, fio: bool = False) -> Case:
+        servers = (OURS, PEER, FIO) if fio else (OURS, PEER)
+        options = {"log_bytes": size, "destage": not fio, "fsync": fsync}
+        return Case("randwrite", 4 * KIB, depth, True, scale.image_bytes, runtime_s, servers, **options)
+
+    held = case(32, log.held_s, log.held_bytes, fio=True)
+    sustained = case(32, log.sustained_s, log.log_bytes)
+    grouped = case(32, log.flushed_s, log.log_bytes, fsync=16)
+    single = case(1, log.flushed_s, log.log_bytes, fsync=1)
+    bars = [Bar(held, PEER, 3.0), Bar(held, FIO, 0.5), Bar(sustained, PEER, 2.0), Bar(grouped, PEER, 2.0)]
+    return [held, sustained, grouped, single], [*bars, Bar(single, PEER, 1.0)], [Steady(sustained)]
 
 
 def make_cases(scale: Scale) -> tuple[list[Case], list[Bar]]:

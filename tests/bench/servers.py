@@ -1,16 +1,18 @@
 """The servers that are measured. Each runs on the server's processor from the first, and ends with its context."""
 
 import contextlib
+import json
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 SERVER_CPU = 0
 CLIENT_CPU = 1
@@ -83,14 +85,16 @@ def known_servers() -> dict[str, Server]:
 class Running:
     """A server that accepts connections."""
 
-    def __init__(self, server: Server, image: Path, size: int, ram: str, folder: Path) -> None:
+    def __init__(
+        self, server: Server, image: Path, size: int, ram: str, folder: Path, options: Sequence[str] = ()
+    ) -> None:
         self.server = server
         self.socket = folder / f"{server.name.replace(' ', '')}.sock"
         self.log = folder / f"{server.name.replace(' ', '')}.log"
         self.socket.unlink(missing_ok=True)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                ["taskset", "-c", str(SERVER_CPU), *server.command(image, self.socket, size, ram)],
+                ["taskset", "-c", str(SERVER_CPU), *server.command(image, self.socket, size, ram), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -116,6 +120,8 @@ class Running:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.process.returncode is not None:
+            return  # killed
         self.process.send_signal(signal.SIGTERM)
         try:
             status = self.process.wait(STOP_TIMEOUT_S)
@@ -125,6 +131,36 @@ class Running:
             raise BenchError(f"{self.server.name} did not end within {STOP_TIMEOUT_S:g} s of SIGTERM") from error
         if self.server.name == "vhostcache" and status != 0 and error is None:
             raise BenchError(f"vhostcache ended with {status}: {self.log.read_text(errors='replace')[-500:]}")
+
+    def kill(self) -> None:
+        """SIGKILL: what a crash leaves."""
+        self.process.kill()
+        self.process.wait()
+
+    # -- what vhostcache says --
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Its events of that kind, as far as their lines are complete."""
+        complete = self.log.read_text(errors="replace").rpartition("\n")[0].splitlines()
+        found = [json.loads(line) for line in complete if line.startswith("{")]
+        return [event for event in found if event["event"] == kind]
+
+    def wait_for(self, kind: str, count: int = 1, timeout_s: float = START_TIMEOUT_S) -> dict[str, Any]:
+        """The `count`th event of that kind."""
+        deadline = time.monotonic() + timeout_s
+        while len(found := self.events(kind)) < count:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise BenchError(
+                    f"{self.server.name}: no event '{kind}': {self.log.read_text(errors='replace')[-500:]}"
+                )
+            time.sleep(0.01)
+        return found[count - 1]
+
+    def statistics(self) -> dict[str, Any]:
+        """Of now."""
+        before = len(self.events("statistics"))
+        self.process.send_signal(signal.SIGUSR1)
+        return self.wait_for("statistics", before + 1)
 
     # -- what it costs --
 

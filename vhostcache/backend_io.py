@@ -6,9 +6,12 @@ operation list.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from vhostcache import operations as op
+
+GROUPS_KEPT: Final = 64
+"""Groups for those that others wait for: records, flushes, superblocks, destages."""
 
 
 class Owner(Protocol):
@@ -37,6 +40,10 @@ class BackendIo:
     def available(self) -> int:
         """How many more groups can be begun now."""
         return len(self._free)
+
+    def spare(self) -> int:
+        """How many of them guests' reads may take, with a log: what it needs to go on is kept."""
+        return max(0, len(self._free) - GROUPS_KEPT)
 
     def begin(self, owner: Owner) -> int:
         """A new group, whose completion goes to `owner`; the caller has seen to it that one is available."""

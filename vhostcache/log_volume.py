@@ -234,7 +234,7 @@ class LogVolume(GuestRequests):
         writer = self._writer
         blocked = writer.blocked
         writer.now_ns = now_ns
-        if self._parked and self._io.available() >= op.BLOCK_SECTORS:
+        if self._parked and self._io.spare():
             parked, self._parked = self._parked, []
             for request in parked:
                 self._execute(request)
@@ -253,6 +253,8 @@ class LogVolume(GuestRequests):
             else:
                 self._swept = self._checkpointer.count
         deadline_ns = min(deadline_ns, self._destager.schedule(now_ns))
+        if self._draining or self._closing:
+            self._advance_end()  # what was under way there may have ended
         deadline_ns = min(deadline_ns, self._checkpointer.schedule(now_ns), writer.schedule(now_ns))
         if writer.completed:
             for tag in writer.completed:
@@ -456,7 +458,7 @@ class LogVolume(GuestRequests):
                 continue
             fill = self._fills.by_block.get(block)
             if fill is None:
-                if not self._io.available() or not self._may_fill(request) or not self._room_for(1):
+                if not self._io.spare() or not self._may_fill(request) or not self._room_for(1):
                     self._wait(request)
                     return False
                 fill = self._begin_fill(block, 1, value >> 1)
@@ -649,7 +651,7 @@ class LogVolume(GuestRequests):
     def _read(self, tag: int, sector: int, sectors: int) -> None:
         """Each run of blocks from where it is: RAM, a fill in flight, the log, or the backend."""
         first, end = sector >> 3, (sector + sectors + 7) >> 3
-        if self._io.available() < end - first + op.BLOCK_SECTORS:
+        if self._io.spare() < end - first:
             self._parked.append((op.REQUEST_READ, tag, sector, sectors, 0))
             return
         ragged = bool((sector | sectors) & 7)

@@ -77,6 +77,23 @@ class ReadCache:
         """
         self._runs.append(slots)
         self._run_slots += len(slots)
+        while self._run_slots > self._map.slots:
+            self._disband_run()
+
+    def _disband_run(self) -> None:
+        """The oldest run is only in the way: most of its slots have been overwritten since, or RAM is large."""
+        slots = self._runs.popleft()
+        self._run_slots -= len(slots)
+        state, queued, hits = self._map.state, self._queued, self.hits
+        for slot in slots:
+            if state[slot] != CLEAN or queued[slot]:
+                continue
+            if hits[slot]:
+                hits[slot] = 0
+                queued[slot] = 1
+                self._main.append(slot)
+            else:
+                self.admit(slot)
 
     def is_wanted(self, block: int) -> bool:
         """Whether a block that missed has earned a place: it is a ghost. If not, it now is one."""

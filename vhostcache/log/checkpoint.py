@@ -34,6 +34,8 @@ class Checkpointer:
         self._next_ns = 0
         self._running: Superblock | None = None
         self._offset = A_OFFSET_BYTES
+        self._flush_failures = 0
+        """Of the writer, when the copy was given to the engine."""
         self._wanted = False
         self._when_done: list[Callable[[], None]] = []
         self._waiting: list[Callable[[], None]] = []
@@ -122,6 +124,7 @@ class Checkpointer:
     def _write(self, offset_bytes: int) -> None:
         assert self._running is not None
         self._offset = offset_bytes
+        self._flush_failures = self._writer.flush_failures
         self._io.superblock(self._io.begin(self), offset_bytes, self._running.words())
 
     def io_done(self, result: int) -> None:
@@ -129,6 +132,8 @@ class Checkpointer:
         if result < 0:
             self._writer.device_failed("write", result)
             self._again()
+        elif self._flush_failures != self._writer.flush_failures:
+            self._again()  # a fdatasync that has failed meanwhile may have lost it
         else:
             self._writer.sync(self._synced)
 

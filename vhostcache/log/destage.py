@@ -61,6 +61,7 @@ class LogDestage:
         "address",
         "again",
         "blocks",
+        "later",
         "need_seq",
         "number",
         "pinned",
@@ -86,8 +87,10 @@ class LogDestage:
         self.staged: list[int] = []
         self.reading: list[int] = []
         """Log addresses that its reads keep from being reused."""
+        self.later: list[tuple[list[int], list[int], list[int]]] = []
+        """Parts of a read that found rot, to be read again: addresses, blocks, slots."""
         self.rotten = False
-        """Rotten blocks were left out: the object does not become clean."""
+        """Blocks that are rotten or can't be read were left out: the object does not become clean."""
         self.again = False
         """Something has failed meanwhile: all of it has to be done again."""
 
@@ -165,8 +168,8 @@ class LogDestager:
         """Flushed, but a newer version of something is not durable yet."""
         self._held: dict[int, int] = {}
         """Objects with rotten blocks -> when to look again."""
-        self.rotten: set[int] = set()
-        """Blocks whose log copy fails its checksum."""
+        self.rotten: dict[int, int] = {}
+        """Block -> the log address at which it fails its checksum."""
         self.draining = False
         self.stopped = False
         """Nothing new is started."""
@@ -213,7 +216,7 @@ class LogDestager:
         if pressed:
             if len(self.in_flight) >= settings.objects_max:
                 return op.NEVER
-            for number in _first(self._index.dirty, 4 * settings.objects_max):
+            for number in _first(self._index.dirty, 4 * settings.objects_max + len(self._held)):
                 if self._is_waiting(number):
                     continue
                 # One a turn: to find its blocks and read them takes a millisecond or two.
@@ -222,7 +225,7 @@ class LogDestager:
         if not settings.enabled:
             return op.NEVER
         since = self._index.since_ns
-        for number in _first(self._index.dirty, settings.objects_max):
+        for number in _first(self._index.dirty, settings.objects_max + len(self._held)):
             due_ns = since[number] + settings.destage_after_ns
             if self.now_ns < due_ns:
                 return due_ns
@@ -278,6 +281,8 @@ class LogDestager:
 
     def _choose_source(self, destage: LogDestage, block: int, value: int, fetch: list[tuple[int, int]]) -> None:
         slot = self._map.where.get(block)
+        if self.rotten and self.rotten.get(block, value >> 1) != value >> 1:
+            del self.rotten[block]  # it has been overwritten since
         if slot is not None and self._map.state[slot] not in (CLEAN, PINNED):
             destage.need_seq = self._writer.accepted_seq  # a newer version is on its way into the log
         elif value & 1:
@@ -345,17 +350,21 @@ class LogDestager:
             destage.blocks += read.blocks
             destage.slots += read.slots
         elif result == -EBADMSG and len(read.blocks) > 1:
-            # In halves, to leave out only what is rotten.
+            # In halves, to leave out only what is rotten; one after the other, for rot may be everywhere.
             half = len(read.blocks) // 2
-            self._read(destage, read.addresses[:half], read.blocks[:half], read.slots[:half])
-            self._read(destage, read.addresses[half:], read.blocks[half:], read.slots[half:])
+            destage.later.append((read.addresses[half:], read.blocks[half:], read.slots[half:]))
+            destage.later.append((read.addresses[:half], read.blocks[:half], read.slots[:half]))
         elif result == -EBADMSG:
             destage.rotten = True
-            self.rotten.update(read.blocks)
+            self.rotten[read.blocks[0]] = read.addresses[0]
             self.notices.append(("log-corrupt", {"offset": read.blocks[0] * op.BLOCK_BYTES}))
         else:
-            destage.again = True
-            self._writer.device_failed("read", result)
+            # Not a reason to keep writes waiting: a bad sector stays bad.
+            destage.rotten = True
+            self._writer.counters["log_failures"] += 1
+            self.notices.append(("log-unreadable", {"operation": "destage", "errno": -result}))
+        if destage.later:
+            self._read(destage, *destage.later.pop())
         self._reads[destage.number] -= 1
         if not self._reads[destage.number]:
             del self._reads[destage.number]

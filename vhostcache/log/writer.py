@@ -28,6 +28,8 @@ RETRY_MAX_NS: Final = 5_000_000_000
 ZEROES_MAX: Final = 64
 """Extents of zeroes in a record: with 256 data extents and as many checksums they fit one header block."""
 INTERNAL: Final = -1
+GROUPS_LEFT: Final = 32
+"""No record is begun with fewer groups left: the open one, flushes, superblocks and destages need theirs."""
 ABSORBED_RECORDS: Final = 4
 """Records that enter the index in one turn, about 1 ms."""
 
@@ -163,6 +165,8 @@ class LogWriter:
         self._committing = False
         self._sync_waiters: list[Callable[[int], None]] = []
         self._flush: LogFlush | None = None
+        self.flush_failures = 0
+        """So often has a fdatasync failed: what was written before such a failure may be lost."""
         self.completed: list[int] = []
         """Tags whose commit has succeeded, for the owner to complete."""
         self.blocked = False
@@ -193,10 +197,15 @@ class LogWriter:
             return False
         record = self.open
         if record is not None:
-            if len(record.slots) + blocks <= record.limit and len(record.zeroes) + zeroes <= ZEROES_MAX:
+            if record.limit > self.record_blocks:
+                # Made for one large request, for which a single extent will do: its header has no room for more.
+                fits = not (record.slots or record.zeroes) and self.record_blocks < blocks <= record.limit
+            else:
+                fits = len(record.slots) + blocks <= record.limit and len(record.zeroes) + zeroes <= ZEROES_MAX
+            if fits:
                 return True
             self.seal()
-            if self.open is not None:  # empty, and too small for a large request
+            if self.open is not None:  # empty, and of another size than is wanted
                 self._give_up_open()
         return self._open(max(blocks, self.record_blocks))
 
@@ -257,6 +266,8 @@ class LogWriter:
         return slots
 
     def _open(self, limit: int) -> bool:
+        if self._io.available() < GROUPS_LEFT:
+            return False  # the device is behind: records in flight have to end first
         header_blocks = 1 if limit <= self.record_blocks else -(-(fmt.HEADER_BYTES + 8 + 4 * limit) // op.BLOCK_BYTES)
         left = self.ring_blocks - self.head % self.ring_blocks
         padding = left if left < header_blocks + limit else 0
@@ -269,6 +280,7 @@ class LogWriter:
             return False
         if padding:
             self._pad(headers.pop(), padding)
+        self.space_wanted = 0
         self.open = Record(self, self.next_seq, self.head, headers, limit)
         self._io.log_seq(self.next_seq)
         return True
@@ -375,8 +387,7 @@ class LogWriter:
         deadline_ns = op.NEVER
         if self._records and self._records[0].seq <= self.synced_seq:
             self._absorb()
-            if self._records and self._records[0].seq <= self.synced_seq:
-                deadline_ns = now_ns
+            deadline_ns = now_ns  # for the rest, and for those who waited for what these give back
         if self.blocked:
             if now_ns < self._retry_at_ns:
                 return self._retry_at_ns
@@ -448,6 +459,10 @@ class LogWriter:
         """The fdatasync has ended."""
         self._flush = None
         if result < 0:
+            # What the next one would cover may have been lost with this one.
+            flush.waiters += self._sync_waiters
+            self._sync_waiters = []
+            self.flush_failures += 1
             self._lose()
             self._failed("flush", result)
         else:
@@ -516,10 +531,11 @@ class LogWriter:
         self._retry_at_ns = self.now_ns + self._retry_ns
 
     def _repeat(self) -> None:
-        records, self._to_repeat = self._to_repeat, []
+        count = max(0, self._io.available() - GROUPS_LEFT // 2)
+        records, self._to_repeat = self._to_repeat[:count], self._to_repeat[count:]
         for record in records:
             self._write(record, [])
-        if not records and not any(record.running for record in self._records):
+        if not (records or self._to_repeat) and not any(record.running for record in self._records):
             self._succeeded()  # nothing was to be repeated: only a fdatasync had failed, of a superblock
 
     def _succeeded(self) -> None:

@@ -1,0 +1,254 @@
+"""The volume with a log, one situation a test. The simulator (tests/sim) finds what nobody has thought of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tests.log.harness import BOOT, IMAGE, TIER, new_cache
+from vhostcache import operations as op
+from vhostcache.log.recovery import recover
+from vhostcache.log.superblock import A_OFFSET_BYTES, B_OFFSET_BYTES, WRITE_CACHE_OFF, WRITE_CACHE_ON
+from vhostcache.log_volume import LogVolume, LogVolumeSettings
+from vhostcache.map import CLEAN
+
+EIO = 5
+EBADMSG = 74
+SECOND = 1_000_000_000
+
+_WORDS = {
+    op.IN: 2,
+    op.OUT: 2,
+    op.READ: 3,
+    op.WRITE: 3,
+    op.READ_DIRECT: 3,
+    op.LOG_READ_DIRECT: 3,
+    op.FLUSH: 1,
+    op.LOG_FLUSH: 1,
+    op.ZERO: 3,
+    op.SLOT_COPY: 1,
+    op.SLOT_ZERO: 1,
+    op.LOG_SEQ: 1,
+    op.RETIRE: 1,
+    op.PUBLISH: 1,
+    op.LOG_READ: 2,
+    op.SUPERBLOCK: 2,
+    op.LOG_WRITE: 4,
+}
+_SLOTS_FOLLOW = (op.IN, op.OUT, op.READ, op.WRITE, op.LOG_READ, op.SUPERBLOCK, op.LOG_WRITE)
+_BEGIN_IO = (op.READ, op.WRITE, op.FLUSH, op.ZERO, op.LOG_READ, op.LOG_WRITE, op.LOG_FLUSH, op.SUPERBLOCK)
+
+
+class Bench:
+    """A volume and what it has asked the engine to do: no data, only the order of things. I/O ends when told."""
+
+    def __init__(self, slots: int = 4096, ring_blocks: int = 8192, groups: int = op.GROUPS, **settings: Any) -> None:
+        recovered = recover(new_cache(ring_blocks), None, BOOT, IMAGE, tier_uuid=TIER)
+        block = dataclasses.replace(recovered.superblock, write_cache=WRITE_CACHE_ON)
+        recovered = dataclasses.replace(recovered, superblock=block)
+        self.operations: list[int] = []
+        chosen = {
+            "index": 0,
+            "size_bytes": IMAGE.size_bytes,
+            "object_bytes": 256 << 10,
+            "slots": op.FIRST_SLOT + slots,
+            "tier_entries": 4096,
+            "destage": False,
+            **settings,
+        }
+        self.volume = LogVolume(LogVolumeSettings(**chosen), self.operations, recovered, groups=groups)
+        self.now_ns = SECOND
+        self.deadline_ns = 0
+        self.io: list[tuple[int, int]] = []
+        """Code and group of what is in flight."""
+        self.answers: dict[int, int] = {}
+        """Tag -> status."""
+        self.seen: list[int] = []
+        """Codes of operations."""
+        self.superblocks: list[int] = []
+        """Offsets at which they were written."""
+        self.tag = 0
+
+    def ask(self, kind: int, block: int = 0, blocks: int = 0, *, sector: int = 0, sectors: int = 0) -> int:
+        self.tag += 1
+        self.volume.requests([kind], [self.tag], [block * 8 + sector], [blocks * 8 + sectors], self.now_ns)
+        self.turn()
+        return self.tag
+
+    def turn(self) -> None:
+        self.deadline_ns = self.volume.tick(self.now_ns)
+        self.run()
+
+    def run(self) -> None:
+        stream = iter(list(self.operations))
+        self.operations.clear()
+        for word in stream:
+            code, name, argument = word & 255, word >> 8 & 0xFFFFFF, word >> 32
+            words = [next(stream) for _ in range(_WORDS.get(code, 0))]
+            if code == op.LOG_WRITE:
+                header = [next(stream) for _ in range(words[3])]
+                blocks = 2 if words[2] >> 32 else 1
+                assert 8 * len(header) + 4 * argument <= blocks * op.BLOCK_BYTES, "the header does not fit"
+            if code in _SLOTS_FOLLOW:
+                words += [next(stream) for _ in range(argument)]
+            elif code == op.PUBLISH:
+                words += [next(stream) for _ in range(2 * argument)]
+            self.seen.append(code)
+            if code == op.SUPERBLOCK:
+                self.superblocks.append(words[1])
+            if code in _BEGIN_IO or (code in (op.READ_DIRECT, op.LOG_READ_DIRECT) and not argument):
+                self.io.append((code, words[0] & 0xFFFFFFFF))
+            elif code in (op.OUT1, op.LOG1):
+                self.answers[name] = op.STATUS_OK
+            elif code == op.COMPLETE:
+                self.answers[name] = argument
+
+    def end(self, code: int, result: int = 0) -> None:
+        """The oldest I/O of this kind ends, all parts of its group at once; a turn follows."""
+        group = next(group for kind, group in self.io if kind == code)
+        self.io = [(kind, other) for kind, other in self.io if other != group]
+        self.volume.io_done(group, result)
+        self.turn()
+
+    def settle(self) -> None:
+        """Everything in flight ends well; turns that are due at once are taken."""
+        while self.io or self.deadline_ns <= self.now_ns:
+            if self.io:
+                self.end(self.io[0][0])
+            else:
+                self.turn()
+
+    def write(self, block: int, blocks: int = 1) -> int:
+        return self.ask(op.REQUEST_WRITE, block, blocks)
+
+    def flush(self) -> None:
+        """A flush of the guest, and all that it needs."""
+        tag = self.ask(op.REQUEST_FLUSH)
+        self.settle()
+        assert self.answers[tag] == op.STATUS_OK
+
+    def evict(self) -> None:
+        """Nothing clean stays in RAM."""
+        self.volume._cache.evict(self.volume._map.state.count(CLEAN))
+
+
+def test_small_writes_do_not_fill_the_record_that_a_large_one_has_asked_for() -> None:
+    bench = Bench()
+    large = bench.ask(op.REQUEST_WRITE, 100, 800, sector=1)  # waits for what its first block has
+    for block in range(2000, 4000, 2):
+        bench.write(block)
+    bench.settle()
+    assert bench.answers[large] == op.STATUS_OK
+    bench.flush()
+
+
+def test_zeroes_do_not_overfill_the_header_of_a_large_record() -> None:
+    bench = Bench()
+    bench.write(0, 1000)
+    for block in range(2000, 2200, 2):
+        bench.ask(op.REQUEST_ZERO, block, 1)
+    bench.flush()
+
+
+def test_what_is_overwritten_again_and_again_takes_no_more_memory() -> None:
+    bench = Bench(slots=1024)
+    for _ in range(40):
+        for block in range(200):
+            bench.write(block)
+        bench.flush()
+    cache = bench.volume._cache
+    assert sum(map(len, cache._runs)) <= 1024 + 256
+
+
+def test_a_rotten_block_that_has_been_overwritten_is_destaged_from_its_new_place() -> None:
+    bench = Bench(destage=True)
+    bench.write(7)
+    bench.flush()
+    bench.evict()
+    bench.volume.drain()
+    bench.turn()
+    bench.end(op.LOG_READ, -EBADMSG)
+    bench.settle()
+    assert bench.volume.statistics()["rotten_blocks"] == 1
+    bench.write(7)
+    bench.flush()
+    bench.evict()
+    bench.now_ns += 11 * SECOND
+    for _ in range(5):
+        bench.turn()
+        bench.settle()
+    assert bench.volume.drained
+    assert bench.volume.statistics()["rotten_blocks"] == 0
+
+
+def test_what_the_last_durable_records_give_back_is_offered_at_once() -> None:
+    bench = Bench(slots=4096, record_blocks=16)
+    for block in range(16 * 7):
+        bench.write(block)
+    bench.ask(op.REQUEST_FLUSH)
+    while not any(code == op.LOG_FLUSH for code, _ in bench.io):
+        bench.end(op.LOG_WRITE)
+    bench.end(op.LOG_FLUSH)
+    while bench.volume._writer._records:
+        assert bench.deadline_ns <= bench.now_ns
+        bench.turn()
+    assert bench.deadline_ns <= bench.now_ns  # whoever waits for slots, entries or durable records has not seen it
+
+
+def test_a_superblock_that_was_written_before_a_fdatasync_failed_is_written_again() -> None:
+    bench = Bench()
+    bench.volume.set_write_cache(False)  # a checkpoint
+    bench.turn()
+    bench.write(1)
+    bench.end(op.LOG_WRITE)
+    assert {op.LOG_FLUSH, op.SUPERBLOCK} <= {code for code, _ in bench.io}
+    bench.end(op.SUPERBLOCK)  # it is in the device's cache, and waits for the next fdatasync
+    bench.end(op.LOG_FLUSH, -EIO)
+    bench.superblocks.clear()
+    bench.now_ns += SECOND
+    bench.turn()
+    while op.LOG_FLUSH not in [code for code, _ in bench.io]:
+        bench.end(bench.io[0][0])
+    bench.end(op.LOG_FLUSH)
+    bench.settle()
+    assert bench.superblocks == [A_OFFSET_BYTES, B_OFFSET_BYTES]
+    checkpointer = bench.volume._checkpointer
+    assert checkpointer.superblock.write_cache == WRITE_CACHE_OFF
+
+
+def test_a_log_block_that_cannot_be_read_does_not_hold_up_writes() -> None:
+    bench = Bench(destage=True)
+    bench.write(7)
+    bench.flush()
+    bench.evict()
+    bench.volume.drain()
+    bench.turn()
+    bench.end(op.LOG_READ, -EIO)
+    tag = bench.write(9)
+    assert bench.answers[tag] == op.STATUS_OK
+
+
+def test_rot_all_over_an_object_takes_no_more_groups_than_there_are() -> None:
+    bench = Bench(destage=True, groups=128, object_bytes=4 << 20)
+    for first in range(0, 1024, 8):
+        bench.write(first, 8)
+    bench.flush()
+    bench.evict()
+    bench.volume.drain()
+    bench.turn()
+    for _ in range(3000):
+        if not any(code == op.LOG_READ for code, _ in bench.io):
+            break
+        bench.end(op.LOG_READ, -EBADMSG)
+    bench.write(5000)
+    bench.flush()
+
+
+def test_a_device_that_answers_nothing_takes_no_more_groups_than_there_are() -> None:
+    bench = Bench(groups=128)
+    tags = []
+    for block in range(300):
+        tags.append(bench.write(block))
+        tags.append(bench.ask(op.REQUEST_DISCARD, block, 1))
+    bench.settle()
+    assert all(bench.answers[tag] == op.STATUS_OK for tag in tags)

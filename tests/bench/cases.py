@@ -24,6 +24,8 @@ class LogScale:
     dbench_s: int
     dbench_clients: int
     dbench_runs: int
+    dbench_with_log: bool  # in directsync mode, too
+    dbench_delays_ms: tuple[int, ...]  # of the backend
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ FULL = Scale(
         dbench_s=20,
         dbench_clients=4,
         dbench_runs=3,
+        dbench_with_log=True,
+        dbench_delays_ms=(0, 2),
     ),
 )
 QUICK = Scale(
@@ -88,6 +92,8 @@ QUICK = Scale(
         dbench_s=2,
         dbench_clients=2,
         dbench_runs=1,
+        dbench_with_log=False,
+        dbench_delays_ms=(0,),
     ),
     depths=(32,),
     sequential_bytes=(MIB,),

@@ -43,6 +43,9 @@ def markdown(data: dict[str, Any]) -> str:
             f"| {case} | {unit(case)} | {ours:,.0f} | {peer:,.0f} | {ours / peer:.2f} | {nulls[0]} | {nulls[1]} | "
             f"{latency['p50']:,.0f} / {latency['p99']:,.0f} |"
         )
+    if data["facts"]:
+        lines += ["", "| with a log | measured |", "| --- | ---: |"]
+        lines += [f"| {fact['what']} | {fact['found']} |" for fact in data["facts"]]
     return "\n".join(lines)
 
 

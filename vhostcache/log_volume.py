@@ -372,6 +372,7 @@ class LogVolume(GuestRequests):
         elif self._room or not self._may_pass(request):
             self._room.append(request)
         elif not self._change(what, tag, sector, sectors, payload):
+            self._pacer.give_back(_paced_blocks(request))
             self.room_waits += 1
 
     def _change(self, what: int, tag: int, sector: int, sectors: int, payload: int) -> bool:
@@ -384,15 +385,16 @@ class LogVolume(GuestRequests):
         """Let in those that waited for room, in order, while there is some."""
         waiting = self._room
         self._room = type(waiting)()
-        while waiting:
-            if not self._may_pass(waiting[0]) or not self._change(*waiting.popleft()):
+        while waiting and self._may_pass(waiting[0]):
+            request = waiting.popleft()
+            if not self._change(*request):
+                self._pacer.give_back(_paced_blocks(request))
                 break
         self._room += waiting
 
     def _may_pass(self, request: Parked) -> bool:
         """Whether the log is not so full that this one has to wait a little."""
-        is_write = request[0] & op.REQUEST_KIND_MASK == op.REQUEST_WRITE
-        return self._pacer.take((request[3] + 7) >> 3 if is_write else 1)
+        return self._pacer.take(_paced_blocks(request))
 
     def _commit(self, tag: int) -> None:
         self._writer.commit(tag)
@@ -742,3 +744,8 @@ class LogVolume(GuestRequests):
         if read.address:
             self._log_read_done(read.address)
         super().direct_done(read, result)
+
+
+def _paced_blocks(request: Parked) -> int:
+    """What a request counts for the pace: zeroes take no room worth mentioning."""
+    return (request[3] + 7) >> 3 if request[0] & op.REQUEST_KIND_MASK == op.REQUEST_WRITE else 1

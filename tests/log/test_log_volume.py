@@ -252,3 +252,20 @@ def test_a_device_that_answers_nothing_takes_no_more_groups_than_there_are() -> 
         tags.append(bench.ask(op.REQUEST_DISCARD, block, 1))
     bench.settle()
     assert all(bench.answers[tag] == op.STATUS_OK for tag in tags)
+
+
+def test_a_write_that_waits_for_room_does_not_use_up_the_pace_again_and_again() -> None:
+    bench = Bench()
+    pacer = bench.volume._pacer
+    pacer.update(8000, 0, 1)
+    assert pacer.active
+    bench.volume._writer.blocked = True
+    before = pacer._credit
+    bench.volume.requests([op.REQUEST_WRITE], [1], [0], [8000], SECOND)
+    for _ in range(3):
+        bench.volume._admit_waiting()
+    assert abs(pacer._credit - before) < 0.01
+    bench.volume._writer.blocked = False
+    bench.volume._admit_waiting()
+    assert not bench.volume._room
+    assert abs(pacer._credit - (before - 1000)) < 0.01

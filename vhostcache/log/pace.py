@@ -75,6 +75,11 @@ class Pacer:
         self._credit -= blocks
         return True
 
+    def give_back(self, blocks: int) -> None:
+        """What `take` has granted was not accepted: it lacks room, and will ask again."""
+        if self.active:
+            self._credit += blocks
+
     def deadline_ns(self) -> int:
         """When the next write may be accepted."""
         if not self.active or self._credit >= 1.0:

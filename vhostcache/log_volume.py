@@ -169,27 +169,19 @@ class LogVolume(GuestRequests):
         hits = self._cache.hits
         poisonable = self._fills.by_block
         whole = self._whole_blocks
+        waiting = self._room
         hit_count = 0
-        # What the open record surely takes without being asked again, and what has been published since.
-        room = 0
-        published = 0
+        # How many blocks the open record took when it was asked last, and how many it still surely takes.
+        asked = room = 0
         slots: dict[int, int] = {}
         for kind, name, start, count in zip(what, tag, sector, sectors, strict=True):
             if count == 8 and not start & 7:
                 block = start >> 3
-                if kind & 255 == 0:  # REQUEST_READ
-                    old = find(block)
-                    if old is not None:
-                        hit_count += 1
-                        if hits[old] < HITS_MAX:
-                            hits[old] += 1
-                        append(2 | name << 8 | old << 32)  # OUT1
-                        continue
-                elif kind & 255 == 1 and block < whole and not self._room:  # REQUEST_WRITE
+                code = kind & 255
+                if code == 1 and block < whole and not waiting:  # REQUEST_WRITE
                     if not room:
-                        writer.published += published
-                        published = 0
-                        room = writer.room_for_blocks()
+                        writer.published += asked
+                        asked = room = writer.room_for_blocks()
                         if room:
                             assert writer.open is not None
                             slots = writer.open.slots
@@ -204,18 +196,24 @@ class LogVolume(GuestRequests):
                             free.append(old)
                         else:
                             state[old] = ORPHAN
-                        where[block] = slot
+                        where[block] = slots[block] = slot
                         block_of[slot] = block
                         state[slot] = DIRTY
-                        slots[block] = slot
                         room -= 1
-                        published += 1
                         append(21 | name << 8 | slot << 32)  # LOG1
                         continue
-            writer.published += published
-            published = room = 0
+                elif code == 0:  # REQUEST_READ
+                    old = find(block)
+                    if old is not None:
+                        hit_count += 1
+                        if hits[old] < HITS_MAX:
+                            hits[old] += 1
+                        append(2 | name << 8 | old << 32)  # OUT1
+                        continue
+            writer.published += asked - room
+            asked = room = 0
             self._execute((kind, name, start, count, 0))
-        writer.published += published
+        writer.published += asked - room
         self.hits += hit_count
 
     def io_done(self, group: int, result: int) -> None:

@@ -17,8 +17,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-FEW_SHARE: Final = 8
-"""A page becomes an array when more than one block in eight of its object is in it."""
+FEW_SHARE: Final = 32
+"""A page becomes an array when more than one block in 32 of its object is in it."""
 SWEEP: Final = 256
 """Objects looked at in one go when pages are freed, about 0.1 ms."""
 
@@ -35,13 +35,14 @@ class ObjectIndex:
         self.zero = 0
         self.destaged = destaged
         self.newest = 0
-        """The newest value in the page, or `zero`."""
+        """The newest value of zeroes in it."""
 
 
 class LogIndex:
     """All objects. `object_shift`: blocks of an object, as a power of two. Addresses below `tail` are evicted."""
 
     __slots__ = (
+        "_dirty_pages",
         "_few_max",
         "_in_flight",
         "_mask",
@@ -49,6 +50,7 @@ class LogIndex:
         "_restored",
         "_shift",
         "_sweep",
+        "_zero_newest",
         "dirty",
         "since_ns",
         "tail",
@@ -68,6 +70,10 @@ class LogIndex:
         """Objects in `dirty` whose destage has failed -> first dirty address, out of the order."""
         self._in_flight: dict[int, int] = {}
         """Object that is being destaged -> its first dirty address."""
+        self._dirty_pages: dict[int, array[int]] = {}
+        """Of dirty objects, the pages that are arrays (some may be missing): what is written again and again."""
+        self._zero_newest = 0
+        """The newest value of zeroes."""
         self._sweep: Iterator[int] | None = None
 
     def __len__(self) -> int:
@@ -106,48 +112,53 @@ class LogIndex:
             self.since_ns[number] = now_ns
 
     def add(self, blocks: Sequence[int], address: int, now_ns: int) -> None:
-        """Blocks in ascending order whose payload is now durable at `address`, `address + 1`, ... They are dirty."""
+        """Blocks whose payload is now durable at `address`, `address + 1`, ... They are dirty."""
         shift, mask = self._shift, self._mask
-        objects, dirty, few_max = self._objects, self.dirty, self._few_max
-        last = -1
-        entry = ObjectIndex(0)
-        page = entry.page
+        find = self._dirty_pages.get
         value = address << 1
+        newest = value > self._zero_newest  # newer than anything in the index
         for block in blocks:
-            number = block >> shift
-            if number != last:
-                last = number
-                entry = objects.get(number) or self._entry(number)
-                page = entry.page
-                if number not in dirty:
-                    dirty[number] = value >> 1
-                    self.since_ns[number] = now_ns
-            offset = block & mask
-            if page is not None:
-                if page[offset] < value:
-                    page[offset] = value
-            elif entry.few.get(offset, 0) < value:
-                entry.few[offset] = value
-                if len(entry.few) > few_max:
-                    self._grow(entry)
-                    page = entry.page
-            if entry.newest < value:
-                entry.newest = value
+            page = find(block >> shift)
+            if page is not None and newest:
+                page[block & mask] = value
+            else:
+                self._add(block, value, now_ns)
             value += 2
+
+    def _add(self, block: int, value: int, now_ns: int) -> None:
+        number, offset = block >> self._shift, block & self._mask
+        entry = self._put(number, offset, value)
+        if number not in self.dirty:
+            self.dirty[number] = value >> 1
+            self.since_ns[number] = now_ns
+        if entry.page is not None:
+            self._dirty_pages[number] = entry.page
+
+    def _put(self, number: int, offset: int, value: int) -> ObjectIndex:
+        entry = self._entry(number)
+        if entry.page is not None:
+            entry.page[offset] = max(entry.page[offset], value)
+        else:
+            entry.few[offset] = max(entry.few.get(offset, 0), value)
+            if len(entry.few) > self._few_max:
+                self._grow(entry)
+        return entry
 
     def zero(self, first: int, end: int, address: int) -> None:
         """Blocks `first` .. `end - 1` read as zeroes from now on, by an extent whose header is at `address`."""
         shift, mask = self._shift, self._mask
         value = address << 1 | 1
+        self._zero_newest = max(self._zero_newest, value)
         for number in range(first >> shift, ((end - 1) >> shift) + 1):
             entry = self._entry(number)
             entry.newest = max(entry.newest, value)
             start, stop = max(first, number << shift), min(end, (number + 1) << shift)
             if stop - start == mask + 1:
+                # All of the page is older: it was durable before this extent was accepted.
                 entry.zero = max(entry.zero, value)
-                if entry.newest == value:
-                    entry.few = {}
-                    entry.page = None
+                entry.few = {}
+                entry.page = None
+                self._dirty_pages.pop(number, None)
                 continue
             if entry.page is None and len(entry.few) + stop - start > self._few_max:
                 self._grow(entry)
@@ -167,18 +178,11 @@ class LogIndex:
     def recover(self, first: int, count: int, address: int, clean: int) -> None:
         """`add` for a run of blocks that recovery has found; below the address `clean` they are clean."""
         old = min(max(clean - address, 0), count)
-        if old:
-            for number in range(first >> self._shift, ((first + old - 1) >> self._shift) + 1):
-                self._entry(number, clean)
-            known = set(self.dirty)
-            self.add(range(first, first + old), address, 0)
-            for number in range(first >> self._shift, ((first + old - 1) >> self._shift) + 1):
-                if number not in known:
-                    del self.dirty[number], self.since_ns[number]
-        if old < count:
-            for number in range((first + old) >> self._shift, ((first + count - 1) >> self._shift) + 1):
-                self._entry(number, clean)
-            self.add(range(first + old, first + count), address + old, 0)
+        for number in range(first >> self._shift, ((first + count - 1) >> self._shift) + 1):
+            self._entry(number, clean)
+        for i in range(old):
+            self._put((first + i) >> self._shift, (first + i) & self._mask, (address + i) << 1)
+        self.add(range(first + old, first + count), address + old, 0)
 
     def recover_zero(self, first: int, end: int, address: int, clean: int) -> None:
         """The same for zeroes."""
@@ -195,6 +199,7 @@ class LogIndex:
         assert number not in self._in_flight
         first = min(self.dirty.pop(number), self._restored.pop(number, 1 << 62))
         del self.since_ns[number]
+        self._dirty_pages.pop(number, None)
         self._in_flight[number] = first
         return first
 
@@ -256,7 +261,10 @@ class LogIndex:
                 self._sweep = None
                 return False
             entry = self._objects.get(number)
-            if entry and entry.newest < tail and number not in self.dirty and number not in self._in_flight:
+            if entry is None or number in self.dirty or number in self._in_flight:
+                continue
+            # Nothing in it is newer than what was destaged last, but for zeroes that are not durable yet.
+            if entry.destaged << 1 <= tail and entry.newest < tail:
                 del self._objects[number]
         return True
 

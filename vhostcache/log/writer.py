@@ -20,7 +20,7 @@ from vhostcache import operations as op
 from vhostcache.backend_io import BackendIo
 from vhostcache.log import format as fmt
 from vhostcache.log.index import LogIndex
-from vhostcache.map import CLEAN, DIRTY, ORPHAN, WRITING, Map
+from vhostcache.map import CLEAN, ORPHAN, WRITING, Map
 from vhostcache.readcache import ReadCache
 
 RETRY_FIRST_NS: Final = 100_000_000
@@ -303,7 +303,6 @@ class LogWriter:
         payload = record.payload = [slots[block] for block in blocks]
         state = self._map.state
         for slot in payload:
-            assert state[slot] == DIRTY
             state[slot] = WRITING
         self._sealed_blocks += len(payload)
         self._submit(record, 0)

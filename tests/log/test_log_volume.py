@@ -269,3 +269,51 @@ def test_a_write_that_waits_for_room_does_not_use_up_the_pace_again_and_again() 
     bench.volume._admit_waiting()
     assert not bench.volume._room
     assert abs(pacer._credit - (before - 1000)) < 0.01
+
+
+def test_objects_that_cannot_be_destaged_do_not_hide_those_that_can() -> None:
+    bench = Bench(destage=True, destage_after_ns=SECOND)
+    for number in range(12):
+        bench.write(64 * number)
+    bench.flush()
+    bench.evict()
+    bench.now_ns += 2 * SECOND
+    bench.turn()
+    for _ in range(100):
+        codes = [code for code, _ in bench.io]
+        if op.LOG_READ in codes:
+            bench.end(op.LOG_READ, -EBADMSG)
+        elif codes:
+            bench.end(codes[0])
+        else:
+            bench.turn()
+    assert bench.volume.statistics()["rotten_blocks"] == 12
+    bench.write(64 * 50)
+    bench.flush()
+    bench.now_ns += 2 * SECOND
+    bench.turn()
+    bench.settle()
+    assert bench.volume.statistics()["blocks_destaged"] == 1
+
+
+def test_a_close_ends_in_the_turn_in_which_the_last_destage_does() -> None:
+    bench = Bench(destage=True, destage_after_ns=SECOND)
+    bench.write(1)
+    bench.flush()
+    bench.write(1)  # a newer version, which is not durable
+    bench.now_ns += SECOND
+    bench.turn()
+    bench.volume.close(lambda: 1)
+    for _ in range(60):
+        if bench.volume.closed:
+            break
+        if bench.io:
+            codes = [code for code, _ in bench.io]
+            # The cache is slower than the backend: the destage waits for the newer version.
+            slow = (op.LOG_FLUSH, op.LOG_WRITE)
+            bench.end(next((code for code in codes if code not in slow), codes[0]))
+        else:
+            assert bench.deadline_ns <= bench.now_ns + SECOND, "nobody will wake it"
+            bench.now_ns = max(bench.now_ns, bench.deadline_ns)
+            bench.turn()
+    assert bench.volume.closed

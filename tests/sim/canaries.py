@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from tests.sim import engine
+from tests.sim.world import FOCUS
 from vhostcache import guest_requests, log_volume
 from vhostcache import operations as op
 from vhostcache.fill import Fills
@@ -17,21 +18,10 @@ from vhostcache.map import DIRTY, FREE, ORPHAN, WRITING
 CANARIES: Final[dict[str, Callable[[], None]]] = {}
 SIZES: Final[dict[str, dict[str, Any]]] = {}
 """For those that take many seeds otherwise: what kind of run finds them soon."""
-_STALE_RECORDS: Final = {
-    "openings": 4,
-    "steps": 9,
-    "power": 1.0,
-    "burst": 1,
-    "flushes": 0.3,
-    "writes": 1.0,
-    "patience": 0.1,
-    "whole": 1.0,
-    "shutdowns": 0.0,
-    "recovery_crashes": 0.0,
-    "cache_faults": 0.0,
-    "flips": 0.0,
-    "sync_interval_ms": 2,
-}
+SIZES["destage-what-is-not-durable"] = {**FOCUS[0], "power": 1.0}
+SIZES["no-epoch"] = SIZES["no-open-seq"] = {**FOCUS[1], "recovery_crashes": 0.0, "cache_faults": 0.0, "flips": 0.0}
+SIZES["write-cache-forgotten"] = {**FOCUS[3], "ignore_flush": False}
+SIZES["epoch-in-one-superblock"] = {"openings": 2, "steps": 30, "flips": 1.0, "recovery_crashes": 0.0}
 
 
 def plant(name: str) -> None:
@@ -43,11 +33,6 @@ def canary(function: Callable[[], None]) -> Callable[[], None]:
     """By its name, with hyphens."""
     CANARIES[function.__name__.replace("_", "-")] = function
     return function
-
-
-SIZES["no-epoch"] = SIZES["no-open-seq"] = _STALE_RECORDS
-SIZES["write-cache-forgotten"] = {"openings": 4, "rare": 0.1, "shutdowns": 0.6, "ignore_flush": False}
-SIZES["epoch-in-one-superblock"] = {"openings": 2, "steps": 30, "flips": 1.0, "recovery_crashes": 0.0}
 
 
 def _patch(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

@@ -73,10 +73,15 @@ class Medium:
                     self.live[block] = versions[0]
 
     def power_loss(self, mode: int) -> None:
-        """What is not durable is kept (0), lost (1), either by block (2), or torn by sector (3)."""
+        """What is not durable is kept (0), lost (1), either by block (2), torn by sector (3), or lost up to some block
+        and kept behind it (4)."""
         random_number = self.rng.random
+        if mode == 4 and self.versions:
+            blocks = sorted(self.versions)
+            for block in blocks[: int(random_number() * len(blocks))]:
+                self.live[block] = self.versions[block][0]
         for block, versions in self.versions.items():
-            if mode == 1 or (mode >= 2 and random_number() < 0.3):
+            if mode == 1 or (2 <= mode <= 3 and random_number() < 0.3):
                 self.live[block] = versions[0]
             elif mode == 2:
                 self.live[block] = versions[int(random_number() * len(versions))]

@@ -32,12 +32,14 @@ class Outcome:
 
 _fixed: dict[str, Any] = {}
 """Sizes that the canary in this process wants, to be found sooner."""
+_begun: list[str] = []
 
 
 def begin(canary: str) -> None:
     """Prepare this process: the collector only runs between chunks, and the bug, if one is wanted, is planted."""
     gc.disable()
     gc.freeze()
+    _begun.append(canary)
     if canary:
         canaries.plant(canary)
         _fixed.update(canaries.SIZES.get(canary, {}))
@@ -68,8 +70,11 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text} ({os.path.basename(where.filename)}:{where.lineno})"
 
 
-def _work(job: tuple[int, int, int]) -> Outcome:
-    outcome = run_seeds(*job)
+def _work(job: tuple[int, int, int, str]) -> Outcome:
+    first, count, failures_max, canary = job
+    if not _begun:
+        begin(canary)
+    outcome = run_seeds(first, count, failures_max)
     gc.collect()
     return outcome
 
@@ -78,11 +83,13 @@ def run_parallel(
     first: int, count: int, jobs: int = 0, canary: str = "", failures_max: int = 1, seconds: float = 0.0
 ) -> Iterator[Outcome]:
     """Outcomes of chunks, as they come; stops after `failures_max` failures, or after so many seconds."""
-    work = [(seed, min(CHUNK, first + count - seed), failures_max) for seed in range(first, first + count, CHUNK)]
+    work = [
+        (seed, min(CHUNK, first + count - seed), failures_max, canary) for seed in range(first, first + count, CHUNK)
+    ]
     failures = 0
     until = time.monotonic() + seconds if seconds else float("inf")
     context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs or os.cpu_count(), begin, (canary,)) as pool:
+    with context.Pool(jobs or os.cpu_count()) as pool:
         for outcome in pool.imap_unordered(_work, work):
             yield outcome
             failures += len(outcome.failures)

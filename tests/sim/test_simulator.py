@@ -9,7 +9,7 @@ from tests.sim.runner import Outcome, run_parallel, run_seed
 from tests.sim.world import STATES
 
 SEEDS = 20_000
-CANARY_SEEDS = 4_000
+CANARY_SEEDS = 15_000
 
 
 def collect(outcomes: Iterable[Outcome]) -> Outcome:

@@ -147,7 +147,50 @@ class Sizes:
     """Share of power losses among the crashes."""
 
 
+FOCUS: Final[tuple[dict[str, Any], ...]] = (
+    # The same few blocks again and again, destaged at once, while newer data stays volatile.
+    {
+        "burst": 2,
+        "writes": 0.95,
+        "whole": 1.0,
+        "flushes": 0.1,
+        "patience": 0.1,
+        "hot_blocks": 8,
+        "record_blocks": 8,
+        "sync_interval_ms": 1000,
+        "checkpoint_interval_ms": 3,
+        "destage_after_ms": 0,
+    },
+    # Many small records and many ends: what a former opening has left lies where new records come.
+    {
+        "openings": 4,
+        "steps": 14,
+        "power": 1.0,
+        "burst": 2,
+        "flushes": 0.05,
+        "writes": 1.0,
+        "patience": 0.1,
+        "whole": 1.0,
+        "record_blocks": 4,
+        "shutdowns": 0.0,
+        "sync_interval_ms": 1000,
+    },
+    # A small log under much pressure.
+    {"ring_blocks": 40, "depth": 24, "burst": 4, "writes": 0.95, "patience": 0.4, "destage_after_ms": 1000},
+    # The write cache goes on and off, and daemons come and go.
+    {"openings": 4, "rare": 0.1, "shutdowns": 0.6},
+)
+"""What some runs look at more closely."""
+
+
 def choose_sizes(rng: random.Random) -> Sizes:
+    """Independent of one another, but for runs with a focus."""
+    focus = int(rng.random() * 3 * len(FOCUS))
+    sizes = choose_independent_sizes(rng)
+    return replace(sizes, **FOCUS[focus]) if focus < len(FOCUS) else sizes
+
+
+def choose_independent_sizes(rng: random.Random) -> Sizes:
     random_number = rng.random
 
     def pick(low: int, high: int) -> int:
@@ -728,9 +771,9 @@ class World:
     def power_loss(self) -> None:
         self.note("power loss")
         self.states["power loss"] += 1
-        mode = int(self.rng.random() * 4)
+        mode = int(self.rng.random() * 5)
         self.cache.power_loss(mode)
-        self.backend.power_loss(int(self.rng.random() * 4) if self.rng.random() < 0.5 else mode)
+        self.backend.power_loss(int(self.rng.random() * 5) if self.rng.random() < 0.5 else mode)
         self.tiers = {}
         self.tier_lost = False
         self.boot += 1

@@ -254,7 +254,7 @@ class LogVolume(GuestRequests):
         if self._draining or self._closing:
             self._advance_end()  # what was under way there may have ended
         deadline_ns = min(deadline_ns, self._checkpointer.schedule(now_ns), writer.schedule(now_ns))
-        if writer.completed:
+        if writer.completed and not self._write_cache_unkept():
             for tag in writer.completed:
                 self._complete(tag, op.STATUS_OK)
             writer.completed.clear()
@@ -325,6 +325,12 @@ class LogVolume(GuestRequests):
         if self._checkpointer.write_cache != state:
             self._checkpointer.write_cache = state
             self._checkpointer.request()
+
+    def _write_cache_unkept(self) -> bool:
+        """Whether the superblocks still say that the guest flushes, and it does not any more: who came back after a
+        crash would take its writes for volatile. Until they do not, nothing is said to be durable."""
+        checkpointer = self._checkpointer
+        return checkpointer.superblock.write_cache == WRITE_CACHE_ON and checkpointer.write_cache != WRITE_CACHE_ON
 
     def statistics(self) -> dict[str, int]:
         """Counters since the start and levels now; blocks are of 4 KiB."""
@@ -402,7 +408,10 @@ class LogVolume(GuestRequests):
         self._let_go()
 
     def _drop_commits(self) -> list[int]:
-        return self._writer.drop_waiters()
+        writer = self._writer
+        completed = writer.completed.copy()
+        writer.completed.clear()
+        return writer.drop_waiters() + completed
 
     def _retry_filled(self, request: Parked, result: int) -> None:
         if result < 0:

@@ -317,3 +317,16 @@ def test_a_close_ends_in_the_turn_in_which_the_last_destage_does() -> None:
             bench.now_ns = max(bench.now_ns, bench.deadline_ns)
             bench.turn()
     assert bench.volume.closed
+
+
+def test_nothing_is_answered_as_durable_before_the_superblocks_know_that_the_guest_does_not_flush() -> None:
+    bench = Bench()
+    bench.volume.set_write_cache(False)
+    bench.turn()
+    tag = bench.write(3)
+    while any(code != op.SUPERBLOCK for code, _ in bench.io):
+        bench.end(next(code for code, _ in bench.io if code != op.SUPERBLOCK))
+    assert tag not in bench.answers
+    while tag not in bench.answers:
+        bench.end(bench.io[0][0])
+    assert bench.volume._checkpointer.superblock.write_cache == WRITE_CACHE_OFF

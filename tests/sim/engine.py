@@ -444,7 +444,10 @@ class Engine:
         assert io.block + io.count <= RING_BLOCK + self.ring_blocks, "a record beyond the ring's end"
         io.slots = header_slots + slots
         io.data = [self.slab[slot] for slot in io.slots]
-        if not repeat:
+        if repeat:
+            first = next(record for record in reversed(self.records) if record.block == io.block)
+            assert all(a is b for a, b in zip(io.data, first.data, strict=True)), "not what was written the first time"
+        else:
             self.records.append(LogRecord(io.block, io.count, header_words[2], header_words[6], io.data))
         self._begin(io)
 

@@ -435,9 +435,8 @@ class World:
         """Read the whole disk: it must be what was promised. Then the front-end submits again what was not answered."""
         guest = self.guest
         disk = self.read_everything()
-        floor = guest.answered
-        if self.guest_died and not self.closed_cleanly:
-            floor = guest.floor
+        # What has been accepted may have been read: it must not vanish while the guest lives, nor over a shutdown.
+        floor = guest.floor if self.guest_died and not self.closed_cleanly else len(guest.accepted)
         try:
             count = guest.check(disk, floor)
         except Wrong:

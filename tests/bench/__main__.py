@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.cases import FIO, FULL, MIB, OURS, QUICK, Bar, Case, Scale, Steady, log_cases, make_cases
+from tests.bench.cases import COPY, FIO, FULL, MIB, OURS, PEER, QUICK, Bar, Case, Scale, Steady, log_cases, make_cases
 from tests.bench.load import bench, sequential_write
 from tests.bench.logs import Caches, Fact, LogBench
 from tests.bench.report import markdown, plot, put_between_marks
@@ -30,6 +30,7 @@ from tests.frontend import Frontend
 
 MEMORY_OVERHEAD_BYTES = 100 * MIB
 IDLE_SHARE = 0.001  # of one processor: a tenth of a percent is nothing that could be measured otherwise
+VERIFIED_LOG_BYTES = 64 * MIB
 SETTLE_S = 7.0  # after load: destaging by age has come to its end
 
 console = Console(highlight=False)
@@ -158,14 +159,20 @@ class Bench:
 
     def run_verification(self) -> None:
         """What is fast must be right: one verified load on each server that keeps data."""
-        for name in ("vhostcache", "qemu-storage-daemon", "null --copy"):
-            with self.start(self.servers[name], self.scale.fits_bytes) as running:
-                load = ["--rw", "randrw", "--bs", "4k", "--iodepth", "32", "--numjobs", "2", "--fsync", "64"]
-                size = ["--size", str(self.scale.fits_bytes), "--number_ios", "4000"]
-                report = bench(running.socket, *load, *size, "--verify", "crc32c")
-                self.results.verified_bytes[name] = report["jobs"][0]["verified_bytes"]
-                if not self.results.verified_bytes[name]:
-                    raise BenchError(f"{name}: nothing was verified")
+        for name in (OURS, PEER, COPY):
+            self._verify(name, name, ())
+        self.caches.make(VERIFIED_LOG_BYTES)
+        self._verify(f"{OURS} with a log", OURS, self.caches.options(VERIFIED_LOG_BYTES))
+        self.caches.release()
+
+    def _verify(self, name: str, server: str, options: Sequence[str]) -> None:
+        with self.start(self.servers[server], self.scale.fits_bytes, options) as running:
+            load = ["--rw", "randrw", "--bs", "4k", "--iodepth", "32", "--numjobs", "2", "--fsync", "64"]
+            size = ["--size", str(self.scale.fits_bytes), "--number_ios", "4000"]
+            report = bench(running.socket, *load, *size, "--verify", "crc32c")
+            self.results.verified_bytes[name] = report["jobs"][0]["verified_bytes"]
+            if not self.results.verified_bytes[name]:
+                raise BenchError(f"{name}: nothing was verified")
 
 
 @dataclass(frozen=True)

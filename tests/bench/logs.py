@@ -53,11 +53,13 @@ class Fact:
 
     @property
     def bar(self) -> str:
-        return f"≤ {self.most:g} {self.unit}" if self.most is not None else f"≥ {self.least:g} {self.unit}"
+        limit = f"≤ {self.most:g}" if self.most is not None else f"≥ {self.least:g}"
+        return f"{limit} {self.unit}".rstrip()
 
     @property
     def found(self) -> str:
-        return f"{self.value:,.0f} {self.unit}" if self.value >= 100 else f"{self.value:.3g} {self.unit}"
+        number = f"{self.value:,.0f}" if self.value >= 100 else f"{self.value:.3g}"
+        return f"{number} {self.unit}" if self.unit else f"{self.value:.3f}"
 
 
 class Caches:
@@ -69,6 +71,7 @@ class Caches:
         self.ram_folder = Path(tempfile.mkdtemp(prefix="vhostcache-bench-", dir="/dev/shm"))
 
     def __enter__(self) -> "Caches":
+        self.release()  # after a run that was broken off
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,9 +81,10 @@ class Caches:
     def remove(self) -> None:
         """Also what the image says of it: its data is given up."""
         self.path.unlink(missing_ok=True)
-        self._unmark()
+        self.release()
 
-    def _unmark(self) -> None:
+    def release(self) -> None:
+        """The image is one without a cache from now on; what only the cache held is given up."""
         with contextlib.suppress(OSError):
             os.removexattr(self.image, MARK)
 
@@ -101,7 +105,7 @@ class Caches:
         """
         if self.room_bytes() < size:
             raise BenchError(f"{self.path}: a cache of {in_words(size)} does not fit the disk (--dir)")
-        self._unmark()
+        self.release()
         zeroes = mmap.mmap(-1, 8 * MIB)  # aligned
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
         try:

@@ -503,6 +503,10 @@ class World:
         self.note(f"a bit of block {block} flips")
         before = self.cache.live[block]
         self.cache.flip(block, int(self.rng.random() * BLOCK * 8))
+        twice = next((flip for flip in self.flips if flip[0] == block and flip[2] is before), None)
+        if twice:
+            self.flips.remove(twice)
+            before = twice[1]
         self.flips.append((block, before, self.cache.live[block]))
         self.guest.errors_allowed = True
         self.states["bit flip"] += 1
@@ -515,6 +519,9 @@ class World:
             return True
         known = superblocks.newest(superblocks.unpack(live[0]), superblocks.unpack(live[1]))
         if known is None or known.durable_seq >= hit.seq:
+            return True
+        tier = self.tiers.get(known.tier_uuid)
+        if tier and tier.tail < tier.head and tier.ring[tier.tail % tier.capacity][0] > hit.seq:
             return True
         return any(r.durable_seq >= hit.seq and live[r.block] == r.data[0] for r in self.records if r.seq > hit.seq)
 

@@ -15,17 +15,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from struct import Struct
 from typing import Final, NamedTuple
 
 from vhostcache.errors import CacheCorruptError, CacheError
 from vhostcache.log import superblock as superblocks
 from vhostcache.log.format import (
     DATA,
+    FLAG_PAD,
     RECORD_MAX_BLOCKS,
     RING_OFFSET_BYTES,
     blocks_to_ring_end,
     extent,
     offset_bytes,
+    record_magic,
     ring_blocks_of,
     split_extent,
 )
@@ -33,6 +36,9 @@ from vhostcache.log.superblock import A_OFFSET_BYTES, NO_TIER, Superblock
 from vhostcache.log.tier import Tier
 from vhostcache.log.walk import NEVER, Disk, Progress, Visit, Walk, look_ahead, walk
 from vhostcache.operations import BLOCK_BYTES
+
+_FIELDS: Final = Struct("<6Q")
+"""The first words of a record's header."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +256,17 @@ class Situation:
             return False
         missing = self.replay[0].seq - self.walk.next_seq
         pad_is_near = blocks_to_ring_end(self.walk.head_address, self.superblock.ring_blocks) < RECORD_MAX_BLOCKS
-        return missing > pad_is_near
+        return missing > pad_is_near or (missing == 1 and self.damaged_record_at_head)
+
+    @property
+    def damaged_record_at_head(self) -> bool:
+        """What fails there is no pad, nor something older: it is the record that belongs there, but for some bits."""
+        found, ring_blocks = self.walk, self.superblock.ring_blocks
+        data = self.disk.read(offset_bytes(found.head_address, ring_blocks), BLOCK_BYTES)
+        magic, epoch, seq, address, _, counts = _FIELDS.unpack_from(data)
+        expected = (record_magic(self.superblock.uuid), found.next_seq, found.head_address)
+        alike = sum(a == b for a, b in zip((magic, seq, address), expected, strict=True))
+        return epoch == self.superblock.epoch and alike > 1 and not counts >> 32 & FLAG_PAD
 
     @cached_property
     def replay(self) -> tuple[Group, ...]:

@@ -77,7 +77,7 @@ class LogVolume(GuestRequests):
         usable = settings.slots - op.FIRST_SLOT
         object_blocks = settings.object_bytes // op.BLOCK_BYTES
         assert object_blocks <= usable // 2, "an object has to fit the slots set apart for destaging"
-        self._index = LogIndex(block_map.object_shift, recovered.tail_address)
+        self._index = LogIndex(block_map.object_shift, recovered.tail_address, recovered.clean_address)
         self._writer = LogWriter(
             block_map,
             self._cache,
@@ -129,18 +129,22 @@ class LogVolume(GuestRequests):
 
     def _load(self, recovered: Recovered) -> None:
         """The index of what the log holds."""
-        index, clean = self._index, recovered.clean_address
+        index = self._index
         mark = self._writer.mark
+        one = fmt.extent(0, 1, fmt.DATA)
         for record in recovered.records:
             mark(record.address, record.seq)
-            address = record.address + record.header_blocks
+            blocks: list[int] = []
             for word in record.extents:
+                if word >> 40 == 1:  # one block of data, which is the usual
+                    blocks.append(word ^ one)
+                    continue
                 block, count, kind = fmt.split_extent(word)
                 if kind == fmt.DATA:
-                    index.recover(block, count, address, clean)
-                    address += count
+                    blocks += range(block, block + count)
                 elif kind != fmt.PAD:
-                    index.recover_zero(block, block + count, record.address, clean)
+                    index.recover_zero(block, block + count, record.address)
+            index.recover(blocks, record.address + record.header_blocks)
 
     def _recall_write_cache(self, state: int) -> None:
         if state == WRITE_CACHE_OFF:

@@ -39,9 +39,11 @@ class ObjectIndex:
 
 
 class LogIndex:
-    """All objects. `object_shift`: blocks of an object, as a power of two. Addresses below `tail` are evicted."""
+    """All objects. `object_shift`: blocks of an object, as a power of two. Addresses below `tail` are evicted, those
+    below `clean` were on the backend when this began."""
 
     __slots__ = (
+        "_clean",
         "_dirty_pages",
         "_few_max",
         "_in_flight",
@@ -56,12 +58,13 @@ class LogIndex:
         "tail",
     )
 
-    def __init__(self, object_shift: int, tail: int) -> None:
+    def __init__(self, object_shift: int, tail: int, clean: int) -> None:
         self._shift = object_shift
         self._mask = (1 << object_shift) - 1
         self._few_max = max(1, (1 << object_shift) // FEW_SHARE)
         self._objects: dict[int, ObjectIndex] = {}
         self.tail = tail
+        self._clean = clean
         self.dirty: OrderedDict[int, int] = OrderedDict()
         """Object -> its first dirty address. They ascend."""
         self.since_ns: dict[int, int] = {}
@@ -93,10 +96,10 @@ class LogIndex:
 
     # --- what the log has taken ---
 
-    def _entry(self, number: int, destaged: int = 0) -> ObjectIndex:
+    def _entry(self, number: int) -> ObjectIndex:
         entry = self._objects.get(number)
         if entry is None:
-            entry = self._objects[number] = ObjectIndex(destaged)
+            entry = self._objects[number] = ObjectIndex(self._clean)
         return entry
 
     def _grow(self, entry: ObjectIndex) -> None:
@@ -175,21 +178,17 @@ class LogIndex:
             self._entry(number)
             self._touch(number, address, now_ns)
 
-    def recover(self, first: int, count: int, address: int, clean: int) -> None:
-        """`add` for a run of blocks that recovery has found; below the address `clean` they are clean."""
-        old = min(max(clean - address, 0), count)
-        for number in range(first >> self._shift, ((first + count - 1) >> self._shift) + 1):
-            self._entry(number, clean)
-        for i in range(old):
-            self._put((first + i) >> self._shift, (first + i) & self._mask, (address + i) << 1)
-        self.add(range(first + old, first + count), address + old, 0)
+    def recover(self, blocks: Sequence[int], address: int) -> None:
+        """`add` for a record that recovery has found: what lies below the clean address is clean."""
+        old = min(max(self._clean - address, 0), len(blocks))
+        for at, block in enumerate(blocks[:old], address):
+            self._put(block >> self._shift, block & self._mask, at << 1)
+        self.add(blocks[old:] if old else blocks, address + old, 0)
 
-    def recover_zero(self, first: int, end: int, address: int, clean: int) -> None:
+    def recover_zero(self, first: int, end: int, address: int) -> None:
         """The same for zeroes."""
-        for number in range(first >> self._shift, ((end - 1) >> self._shift) + 1):
-            self._entry(number, clean)
         self.zero(first, end, address)
-        if address >= clean:
+        if address >= self._clean:
             self.zero_durable(first, end, address, 0)
 
     # --- destaging ---

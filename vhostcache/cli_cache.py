@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from vhostcache.backend.file import FileBackend
     from vhostcache.cachefile import CacheFile
+    from vhostcache.log.offline import CorruptRange
     from vhostcache.log.recovery import BackendFacts, Finding
     from vhostcache.log.superblock import Superblock
     from vhostcache.log.tier import Tier
@@ -118,8 +119,13 @@ def check_command(cache: str, backend: str | None, ram_dir: str | None) -> None:
     is_flag=True,
     help="Go on without a RAM tier that is gone: writes that were not flushed are lost. Power the guest off first.",
 )
+@click.option(
+    "--give-up-damaged",
+    is_flag=True,
+    help="Go on where data fails its checksum: it is lost, and the image keeps its older version of it.",
+)
 @_RAM_DIR
-def drain_command(cache: str, backend: str, accept_lost_ram: bool, ram_dir: str | None) -> None:
+def drain_command(cache: str, backend: str, accept_lost_ram: bool, give_up_damaged: bool, ram_dir: str | None) -> None:
     """Write everything that only CACHE has back to IMAGE, as a daemon would.
 
     Afterwards the image stands on its own, and the cache is clean. A drain that is interrupted can be started again.
@@ -156,6 +162,7 @@ def drain_command(cache: str, backend: str, accept_lost_ram: bool, ram_dir: str 
                 _ImageWriter(backend, image),
                 subject=subject,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
+                give_up=_say_lost if give_up_damaged else None,
             )
         closed = recovery.close(file, recovered.superblock, _facts(image, file), destaged=True)
         if mark is not None and mark.uuid == closed.uuid:
@@ -163,6 +170,13 @@ def drain_command(cache: str, backend: str, accept_lost_ram: bool, ram_dir: str 
         if os.path.isdir(folder := _ram_folder(ram_dir)):
             TierFolder(folder).remove(closed.uuid)
     click.echo(f"{backend}: {_size(written * 4096)} written, {cache} is clean")
+
+
+def _say_lost(ranges: list[CorruptRange]) -> None:
+    for lost in ranges:
+        click.echo(
+            f"given up: {lost.size_bytes} bytes at {lost.offset_bytes} of the disk; they are older now", err=True
+        )
 
 
 @click.command(short_help="Print the records of a cache file as JSON lines.")

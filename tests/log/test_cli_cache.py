@@ -151,6 +151,21 @@ def test_check_says_where_the_log_is_damaged(left: Left, capsys: pytest.CaptureF
     assert left.content(1) == b"?" * BLOCK
 
 
+def test_damaged_data_is_given_up_only_when_asked_for(left: Left, capsys: pytest.CaptureFixture[str]) -> None:
+    with CacheFile(str(left.cache)) as file:
+        named = tier.parse((left.ram_dir / f"{UUID.hex()}.{TIER_UUID.hex()}").read_bytes())
+        recovery.recover(file, named, boot_id())
+    damage(left, (1 << 20) + BLOCK + 7)  # record 1's first block, which nothing is newer than
+    assert left.run("drain", "--backend", str(left.image), "--accept-lost-ram") == 1
+    assert "--give-up-damaged" in capsys.readouterr().err
+    assert left.content(2) == fill(b"newer two")
+    assert left.run("check") == 2
+    assert left.run("drain", "--backend", str(left.image), "--accept-lost-ram", "--give-up-damaged") == 0
+    assert "given up: 4096 bytes at 4096 of the disk" in capsys.readouterr().err
+    assert left.content(1) == b"?" * BLOCK
+    assert left.run("drain", "--backend", str(left.image)) == 0
+
+
 def test_a_foreign_image_is_refused(left: Left, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_bytes(b"!" * (16 * BLOCK))

@@ -195,11 +195,13 @@ def drain(
     subject: str = "cache",
     progress: Callable[[int, int], None] | None = None,
     object_bytes: int = OBJECT_BYTES,
+    give_up: Callable[[list[CorruptRange]], None] | None = None,
 ) -> int:
     """Write all that the image does not have into it, an object after the other, and sync it; the blocks written.
 
     CacheCorruptError: a block is damaged. Everything else of its object and of all others has been written by then,
-    and the log still has all of it.
+    and the log still has all of it. With `give_up` no error: it is handed what is lost, which the image has in an older
+    version.
     """
     dirty = DirtyMap(records, superblock.clean_address, object_bytes)
     reader = PayloadReader(disk, superblock, records)
@@ -218,12 +220,15 @@ def drain(
         if progress:
             progress(done + 1, len(objects))
     image.sync()
-    if corrupt:
+    if corrupt and give_up is not None:
+        give_up(corrupt)
+    elif corrupt:
         raise CacheCorruptError(
             subject,
             f"{len(corrupt)} ranges are damaged, the first {corrupt[0].size_bytes} bytes at {corrupt[0].offset_bytes}",
             "data with a right checksum",
-            "all the rest has been written to the image; `vhostcache check` lists them",
+            "all the rest has been written to the image, and `vhostcache check` lists them; with --give-up-damaged the"
+            " image keeps its older version there, and the cache can be used again",
         )
     return written
 

@@ -49,10 +49,18 @@ busybox poweroff -f
 """
 
 
-def run(script: str, disks: Sequence[Path], folder: Path, *, images: Sequence[Path] = (), timeout_s: int = 120) -> str:
+def run(
+    script: str,
+    disks: Sequence[Path],
+    folder: Path,
+    *,
+    images: Sequence[Path] = (),
+    drives: Sequence[Path] = (),
+    timeout_s: int = 120,
+) -> str:
     """Runs a shell script as root of a user-mode-linux with vhost-user disks /dev/vda, vdb, ... and, through its own
-    block driver, plain images as /dev/ubda, ubdb, ... (read-only). Its output; a command of the script that fails is
-    an error.
+    block driver, plain files as /dev/ubda, ubdb, ...: first `images`, read-only, then `drives`. Its output; a command
+    of the script that fails is an error.
     """
     folder.mkdir(parents=True, exist_ok=True)
     init = folder / "init"
@@ -82,6 +90,7 @@ def run(script: str, disks: Sequence[Path], folder: Path, *, images: Sequence[Pa
     line += [f"init={init}", "con=null", "con0=fd:0,fd:1", "con1=null", "quiet"]
     line += [f"virtio_uml.device={socket}:{VIRTIO_ID_BLOCK}" for socket in disks]
     line += [f"ubd{number}r={image}" for number, image in enumerate(images)]
+    line += [f"ubd{number}={drive}" for number, drive in enumerate(drives, len(images))]
     for _ in range(BOOTS):
         output, code = _boot(line, folder, log)
         if _BEGIN in output:

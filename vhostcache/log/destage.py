@@ -27,6 +27,8 @@ RETRY_MAX_NS: Final = 5_000_000_000
 EBADMSG: Final = 74
 READ_BLOCKS_MAX: Final = 256
 """Blocks of one log read."""
+READS_AT_ONCE: Final = 128
+"""Blocks of an object that are read from the log before the next ones are."""
 AGED_OBJECTS_MAX: Final = 2
 """Objects in flight only because they are old: nobody waits for them, and the guest may be busy."""
 HELD_RETRY_NS: Final = 10_000_000_000
@@ -324,8 +326,15 @@ class LogDestager:
         slots = self._staging[-count:]
         del self._staging[-count:]
         destage.staged = slots
+        addresses = [address for _, address in fetch]
+        blocks = [block for block, _ in fetch]
         self._reads[destage.number] = 0
-        self._read(destage, [address for _, address in fetch], [block for block, _ in fetch], slots)
+        # Not all of them in one turn: each costs the kernel a microsecond or two.
+        for start in range(0, count, READS_AT_ONCE):
+            end = start + READS_AT_ONCE
+            destage.later.append((addresses[start:end], blocks[start:end], slots[start:end]))
+        destage.later.reverse()
+        self._read(destage, *destage.later.pop())
 
     def _read(self, destage: LogDestage, addresses: list[int], blocks: list[int], slots: list[int]) -> None:
         """Read from the log, neighbours at once. `addresses` ascend."""

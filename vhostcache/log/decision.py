@@ -262,6 +262,8 @@ class Situation:
     def damaged_record_at_head(self) -> bool:
         """What fails there is no pad, nor something older: it is the record that belongs there, but for some bits."""
         found, ring_blocks = self.walk, self.superblock.ring_blocks
+        if self.unfinished_recovery:
+            return False  # what stands there is what it has appended
         data = self.disk.read(offset_bytes(found.head_address, ring_blocks), BLOCK_BYTES)
         magic, epoch, seq, address, _, counts = _FIELDS.unpack_from(data)
         expected = (record_magic(self.superblock.uuid), found.next_seq, found.head_address)

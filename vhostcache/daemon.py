@@ -147,8 +147,8 @@ class Daemon:
                 self._claim(volume, backend, stack)
                 for volume, backend in zip(self._config.volumes, backends, strict=True)
             ]
-            listeners = [self._listen(volume.socket, volume.socket_mode, stack) for volume in self._config.volumes]
-            control = self._listen(self._config.control, 0o600, stack) if self._config.control is not None else None
+            listeners = [self._bind(volume.socket, volume.socket_mode, stack) for volume in self._config.volumes]
+            control = self._bind(self._config.control, 0o600, stack) if self._config.control is not None else None
             self._engine = self._engine_class(
                 poll_max_us=self._config.poll_max_us, force_threads=self._config.io_engine == "threads"
             )
@@ -157,6 +157,7 @@ class Daemon:
                 self._served.append(self._add(volume, backend, listener, claim))
             self._catch_signals(stack)
             if control is not None:
+                control.listen()
                 self._control = ControlChannel(control, self._version, self._watch_control)
                 stack.callback(self._control.close)
                 self._control.start(time.monotonic_ns())
@@ -164,6 +165,7 @@ class Daemon:
             for index, served in enumerate(self._served):
                 if served.claim is not None:
                     served.claim.served = True
+                served.listener.listen()
                 self._engine.start_volume(index)
             self._announce()
             gc.collect()
@@ -181,8 +183,8 @@ class Daemon:
             self._notice(volume.name, warning.event, warning.fields)
         return backend
 
-    def _listen(self, path: str, permissions: int, stack: contextlib.ExitStack) -> Listener:
-        listener = Listener(path, permissions)
+    def _bind(self, path: str, permissions: int, stack: contextlib.ExitStack) -> Listener:
+        listener = Listener(path, permissions, listening=False)
         stack.callback(listener.close)
         return listener
 

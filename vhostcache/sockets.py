@@ -22,9 +22,14 @@ _BACKLOG: Final = 128
 
 
 class Listener:
-    """A listening unix socket, non-blocking and close-on-exec. `close()` removes the path."""
+    """A listening unix socket, non-blocking and close-on-exec. `close()` removes the path.
 
-    def __init__(self, path: str, permissions: int = 0o600) -> None:
+    With `listening` false the path is taken, but who connects is refused until `listen()`. A front-end that gets into
+    the backlog of a daemon that is still recovering waits with its guest stopped; and QEMU 7.2 never connects again
+    when that daemon dies before it has answered the first message.
+    """
+
+    def __init__(self, path: str, permissions: int = 0o600, listening: bool = True) -> None:
         """SocketError: one line, and whatever stood at the path still stands there."""
         self.path = path
         size = len(os.fsencode(path))
@@ -38,7 +43,10 @@ class Listener:
         self._lock = _take_lock(path)
         try:
             _clear(path)
-            self._socket = _listen(path, permissions)
+            self._socket = _bind(path, permissions)
+            if listening:
+                self._socket.listen(_BACKLOG)
+            self._deaf: socket.socket | None = None if listening else self._socket.dup()
             self._identity = _identity(path)
         except BaseException:
             self._drop_lock()
@@ -48,6 +56,13 @@ class Listener:
         """The listening descriptor, which now is the caller's. The path stays ours."""
         return self._socket.detach()
 
+    def listen(self) -> None:
+        """Connections are taken from now on."""
+        if self._deaf is not None:
+            self._deaf.listen(_BACKLOG)
+            self._deaf.close()
+            self._deaf = None
+
     def fileno(self) -> int:
         return self._socket.fileno()
 
@@ -56,6 +71,8 @@ class Listener:
         if self._lock < 0:
             return
         self._socket.close()
+        if self._deaf is not None:
+            self._deaf.close()
         with contextlib.suppress(OSError):
             if _identity(self.path) == self._identity:
                 os.unlink(self.path)
@@ -140,7 +157,7 @@ def _clear(path: str) -> None:
     )
 
 
-def _listen(path: str, permissions: int) -> socket.socket:
+def _bind(path: str, permissions: int) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     before = os.umask(0o177)  # nobody else may connect between bind and chmod
     try:
@@ -151,7 +168,6 @@ def _listen(path: str, permissions: int) -> socket.socket:
     finally:
         os.umask(before)
     os.chmod(path, permissions)
-    listener.listen(_BACKLOG)
     return listener
 
 

@@ -152,3 +152,21 @@ def test_a_path_that_somebody_else_has_taken_meanwhile_is_not_removed(tmp_path: 
     path.write_text("precious")
     listener.close()
     assert path.read_text() == "precious"
+
+
+def test_nobody_gets_in_before_it_listens(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    listener = Listener(str(path), listening=False)
+    descriptor = listener.detach()
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            with pytest.raises(ConnectionRefusedError):
+                client.connect(str(path))
+            with pytest.raises(SocketError, match="in use by a running vhostcache"):
+                Listener(str(path))
+            listener.listen()
+            client.connect(str(path))
+    finally:
+        os.close(descriptor)
+        listener.close()
+    assert not path.exists()

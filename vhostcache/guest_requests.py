@@ -110,6 +110,17 @@ class GuestRequests:
         """A fill that a parked request waited for has ended."""
         raise NotImplementedError
 
+    # --- the engine ---
+
+    def io_done(self, group: int, result: int) -> None:
+        """The engine has reported that a group of I/O operations has ended, or that a request which it was to complete
+        has failed."""
+        if group & op.FAILED_TAG:
+            self._notice_error("read", result)
+            self._complete(group & ~op.FAILED_TAG, op.STATUS_IOERR)
+        else:
+            self._io.done(group, result)
+
     # --- the connection ---
 
     def connected(self) -> None:

@@ -104,7 +104,6 @@ class LogVolume(GuestRequests):
             self._writer,
             LogDestageSettings(
                 size_bytes=settings.size_bytes,
-                object_blocks=object_blocks,
                 destage_after_ns=settings.destage_after_ns,
                 threshold_blocks=ring_blocks * settings.destage_threshold_percent // 100,
                 staging_blocks=max(object_blocks, usable // 8),
@@ -219,15 +218,6 @@ class LogVolume(GuestRequests):
             self._execute((kind, name, start, count, 0))
         writer.published += asked - room
         self.hits += hit_count
-
-    def io_done(self, group: int, result: int) -> None:
-        """The engine has reported that a group of I/O operations has ended, or that a request which it was to complete
-        has failed."""
-        if group & op.FAILED_TAG:
-            self._notice_error("read", result)
-            self._complete(group & ~op.FAILED_TAG, op.STATUS_IOERR)
-        else:
-            self._io.done(group, result)
 
     def tick(self, now_ns: int) -> int:
         """Once a turn, after everything else: start what can be started. Returns the next deadline in ns."""
@@ -447,14 +437,7 @@ class LogVolume(GuestRequests):
 
     def _let_go(self) -> None:
         """The favourite goes on, or has gone."""
-        state = self._map.state
-        for slot in self._kept:
-            if state[slot] == PINNED:
-                state[slot] = CLEAN
-                self._cache.admit(slot)
-            else:
-                assert state[slot] == ORPHAN
-                self._map.release(slot)
+        self._cache.unpin(self._kept)
         self._kept = []
         self._favourite = NOBODY
 

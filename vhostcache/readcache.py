@@ -13,7 +13,7 @@ slots. It never evicts anything but CLEAN slots.
 from collections import deque
 from typing import Final
 
-from vhostcache.map import CLEAN, FREE, Map
+from vhostcache.map import CLEAN, FREE, ORPHAN, PINNED, Map
 
 SMALL_SHARE: Final = 10
 """The small queue gets one part in ten."""
@@ -82,9 +82,15 @@ class ReadCache:
 
     def _disband_run(self) -> None:
         """The oldest run is only in the way: most of its slots have been overwritten since, or RAM is large."""
+        for slot in self._take_run():
+            self.admit(slot)
+
+    def _take_run(self) -> list[int]:
+        """Give up the oldest run: what was hit in it goes to the main queue, what is clean besides is returned."""
         slots = self._runs.popleft()
         self._run_slots -= len(slots)
         state, queued, hits = self._map.state, self._queued, self.hits
+        left: list[int] = []
         for slot in slots:
             if state[slot] != CLEAN or queued[slot]:
                 continue
@@ -93,7 +99,19 @@ class ReadCache:
                 queued[slot] = 1
                 self._main.append(slot)
             else:
+                left.append(slot)
+        return left
+
+    def unpin(self, slots: list[int]) -> None:
+        """Slots that were PINNED are CLEAN again, or free when their blocks have been overwritten meanwhile."""
+        state = self._map.state
+        for slot in slots:
+            if state[slot] == PINNED:
+                state[slot] = CLEAN
                 self.admit(slot)
+            else:
+                assert state[slot] == ORPHAN
+                self._map.release(slot)
 
     def is_wanted(self, block: int) -> bool:
         """Whether a block that missed has earned a place: it is a ghost. If not, it now is one."""
@@ -139,24 +157,12 @@ class ReadCache:
         return freed
 
     def _evict_run(self) -> int:
-        slots = self._runs.popleft()
-        self._run_slots -= len(slots)
         block_map = self._map
         state, block_of, where = block_map.state, block_map.block_of, block_map.where
-        hits, queued = self.hits, self._queued
-        freed: list[int] = []
-        free = freed.append
-        for slot in slots:
-            if state[slot] != CLEAN or queued[slot]:
-                continue
-            if hits[slot]:
-                hits[slot] = 0
-                queued[slot] = 1
-                self._main.append(slot)
-            else:
-                del where[block_of[slot]]
-                state[slot] = FREE
-                free(slot)
+        freed = self._take_run()
+        for slot in freed:
+            del where[block_of[slot]]
+            state[slot] = FREE
         block_map.free += freed
         return len(freed)
 

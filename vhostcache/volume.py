@@ -106,15 +106,6 @@ class Volume(GuestRequests):
             self._execute((kind, name, start, count, 0))
         self.hits += hit_count
 
-    def io_done(self, group: int, result: int) -> None:
-        """The engine has reported that a group of I/O operations has ended, or that a request which it was to complete
-        has failed."""
-        if group & op.FAILED_TAG:
-            self._notice_error("read", result)
-            self._complete(group & ~op.FAILED_TAG, op.STATUS_IOERR)
-        else:
-            self._io.done(group, result)
-
     def tick(self, now_ns: int) -> int:
         """Once a turn, after everything else: start what can be started. Returns the next deadline in ns."""
         self.now_ns = now_ns

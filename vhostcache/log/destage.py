@@ -12,6 +12,7 @@ holds the tail until the guest overwrites it.
 """
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from vhostcache import operations as op
@@ -25,6 +26,8 @@ from vhostcache.readcache import ReadCache
 RETRY_FIRST_NS: Final = 100_000_000
 RETRY_MAX_NS: Final = 5_000_000_000
 EBADMSG: Final = 74
+FLUSH: Final = -1
+"""In place of an object: the backend flush."""
 READ_BLOCKS_MAX: Final = 256
 """Blocks of one log read."""
 READS_AT_ONCE: Final = 128
@@ -41,7 +44,6 @@ class LogDestageSettings:
 
     size_bytes: int
     """Of the volume: the last block may be a part of one."""
-    object_blocks: int
     destage_after_ns: int
     """Objects that have been dirty for so long are destaged."""
     threshold_blocks: int
@@ -218,7 +220,7 @@ class LogDestager:
         if pressed:
             if len(self.in_flight) >= settings.objects_max:
                 return op.NEVER
-            for number in _first(self._index.dirty, 4 * settings.objects_max + len(self._held)):
+            for number in list(islice(self._index.dirty, 4 * settings.objects_max + len(self._held))):
                 if self._is_waiting(number):
                     continue
                 # One a turn: to find its blocks and read them takes a millisecond or two.
@@ -227,7 +229,7 @@ class LogDestager:
         if not settings.enabled:
             return op.NEVER
         since = self._index.since_ns
-        for number in _first(self._index.dirty, settings.objects_max + len(self._held)):
+        for number in list(islice(self._index.dirty, settings.objects_max + len(self._held))):
             due_ns = since[number] + settings.destage_after_ns
             if self.now_ns < due_ns:
                 return due_ns
@@ -303,14 +305,7 @@ class LogDestager:
             fetch.append((block, value >> 1))
 
     def _unpin(self, destage: LogDestage) -> None:
-        state = self._map.state
-        for slot in destage.pinned:
-            if state[slot] == PINNED:
-                state[slot] = CLEAN
-                self._cache.admit(slot)
-            else:
-                assert state[slot] == ORPHAN
-                self._map.release(slot)
+        self._cache.unpin(destage.pinned)
         destage.pinned = []
 
     def _fetch(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
@@ -482,15 +477,3 @@ class LogDestager:
                 self._retry_ns = 0
                 self._retry_at_ns = 0
                 self.notices.append(("backend-recovered", {}))
-
-
-FLUSH: Final = -1
-
-
-def _first(numbers: dict[int, int], count: int) -> list[int]:
-    found = []
-    for number in numbers:
-        found.append(number)
-        if len(found) == count:
-            break
-    return found

@@ -79,9 +79,6 @@ class LogIndex:
         """The newest value of zeroes."""
         self._sweep: Iterator[int] | None = None
 
-    def __len__(self) -> int:
-        return len(self._objects)
-
     # --- reading ---
 
     def lookup(self, block: int) -> int:
@@ -266,14 +263,3 @@ class LogIndex:
             if entry.destaged << 1 <= tail and entry.newest < tail:
                 del self._objects[number]
         return True
-
-    def dirty_count(self, number: int) -> int:
-        """Dirty blocks of an object, durable or not; for statistics and for choosing what to destage."""
-        entry = self._objects.get(number)
-        if entry is None:
-            return 0
-        low = entry.destaged << 1
-        if entry.zero >= low and entry.zero:
-            return self._mask + 1
-        values = entry.few.values() if entry.page is None else entry.page
-        return sum(1 for value in values if value >= low and value)

@@ -225,7 +225,7 @@ class LogWriter:
         """Whether so many entries fit the RAM-tier file; if not, a commit is on its way that makes room."""
         if self.published - self._retired + entries <= self._entries_max:
             return True
-        self._want_commit()
+        self.commit_soon()
         return False
 
     @property
@@ -236,9 +236,6 @@ class LogWriter:
 
     def commit_soon(self) -> None:
         """Slots or entries are wanted that only a commit gives back."""
-        self._want_commit()
-
-    def _want_commit(self) -> None:
         if not self._next_tags and not self._committing and not self.settled:
             self.commit(INTERNAL)
 
@@ -276,7 +273,7 @@ class LogWriter:
             return False
         headers = self._take_header(header_blocks + (1 if padding else 0))
         if not headers:
-            self._want_commit()
+            self.commit_soon()
             return False
         if padding:
             self._pad(headers.pop(), padding)
@@ -443,7 +440,7 @@ class LogWriter:
             record.again = False
             self._to_repeat.append(record)
             if result < 0:
-                self._failed("write", result)
+                self.device_failed("write", result)
             return
         record.written = True
         first = self._records[0].seq
@@ -464,7 +461,7 @@ class LogWriter:
             self._sync_waiters = []
             self.flush_failures += 1
             self._lose()
-            self._failed("flush", result)
+            self.device_failed("flush", result)
         else:
             self.synced_seq = max(self.synced_seq, flush.seq)
             if self._committing and self.synced_seq >= self._commit_seq:
@@ -519,10 +516,7 @@ class LogWriter:
                 self._to_repeat.append(record)
 
     def device_failed(self, operation: str, result: int) -> None:
-        """The cache device has failed in other hands."""
-        self._failed(operation, result)
-
-    def _failed(self, operation: str, result: int) -> None:
+        """The cache device has failed, here or in other hands: nothing new is acknowledged until it is well again."""
         self.counters["log_failures"] += 1
         if not self.blocked:
             self.notices.append(("cache-error", {"operation": operation, "errno": -result}))

@@ -11,132 +11,50 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from vhostcache.config_backend import BACKENDS, WRAPPERS, BackendConfig, WrapConfig
+from vhostcache.config_values import (
+    DURATION_SCHEMA,
+    GIB,
+    KIB,
+    MIB,
+    SERIAL_BYTES,
+    SIZE_SCHEMA,
+    SOCKET_PATH_BYTES,
+    TIB,
+    FilePath,
+    Model,
+    ModeName,
+    Name,
+    OnOff,
+    Permissions,
+    Range,
+    Serial,
+    SocketPath,
+    count_schema,
+    format_size,
+    found,
+    no_text,
+    one_of,
+    parse_duration,
+    parse_size,
+    quantity,
+)
 from vhostcache.errors import UsageError, one_line, why
-from vhostcache.modes import DEFAULT, MODES, Mode, resolve
-from vhostcache.sockets import PATH_BYTES
+from vhostcache.modes import DEFAULT, Mode, resolve
 
-SOCKET_PATH_BYTES: Final = PATH_BYTES
+__all__ = ["GIB", "KIB", "MIB", "TIB", "Config", "VolumeConfig", "format_size", "load", "parse_duration", "parse_size"]
+
 CONFIG_BYTES: Final = 1 << 20
 CONFIG_NODES: Final = 100_000  # after aliases: a file of 1 MiB may stand for much more
 VOLUMES: Final = 256  # each costs its ram, three descriptors, and a place in every status answer
-SERIAL_BYTES: Final = 20
-
-KIB: Final = 1 << 10
-MIB: Final = 1 << 20
-GIB: Final = 1 << 30
-TIB: Final = 1 << 40
-
-_UNITS: Final = {"": 1, "b": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB}
-_SIZE: Final = re.compile(r"\s*(\d+)(?:\.(\d+))?\s*(?:([kmgt])(i?b)?|b)?\s*", re.IGNORECASE | re.ASCII)
-_DURATION: Final = re.compile(r"\s*(\d+)(?:\.(\d+))?\s*(us|ms|s|min|h)?\s*", re.ASCII)
-_DURATION_UNITS_NS: Final = {"us": 10**3, "ms": 10**6, "s": 10**9, "min": 60 * 10**9, "h": 3600 * 10**9}
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
-
-
-# Units.
-
-
-def parse_size(text: str) -> int:
-    """Bytes. "256MiB" = "256M" = 256 * 2**20, as in QEMU. ValueError says what is wrong."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise ValueError("not a size")
-    whole, fraction, unit, suffix = match.groups()
-    if suffix and suffix.lower() == "b":
-        raise ValueError(f"'{unit}B' could mean 1000 or 1024: write '{unit.upper()}iB'")
-    factor = _UNITS[(unit or "").lower()]
-    size = int(whole) * factor
-    if fraction:
-        rest, remainder = divmod(int(fraction) * factor, 10 ** len(fraction))
-        if remainder:
-            raise ValueError("not a whole number of bytes")
-        size += rest
-    return size
-
-
-def format_size(size_bytes: int) -> str:
-    for unit, factor in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
-        if size_bytes >= factor and size_bytes % factor == 0:
-            return f"{size_bytes // factor}{unit}"
-    return str(size_bytes)
-
-
-def parse_duration(text: str) -> int:
-    """Nanoseconds. A number alone is seconds."""
-    match = _DURATION.fullmatch(text)
-    if match is None:
-        raise ValueError("not a duration")
-    whole, fraction, unit = match.groups()
-    factor = _DURATION_UNITS_NS[unit or "s"]
-    return int(whole) * factor + (int(fraction) * factor // 10 ** len(fraction) if fraction else 0)
-
-
-def _refuse(allowed: str, why: str = "") -> PydanticCustomError:
-    return PydanticCustomError("not_allowed", "{why}{allowed}", {"allowed": allowed, "why": why})
-
-
-@dataclass(frozen=True)
-class Range:
-    """What a number may be, and how that is said."""
-
-    minimum: int
-    maximum: int
-    allowed: str
-    multiple_of: int = 1
-    power_of_two: bool = False
-
-    def check(self, value: int) -> int:
-        if not self.minimum <= value <= self.maximum or value % self.multiple_of:
-            raise _refuse(self.allowed)
-        if self.power_of_two and value & (value - 1):
-            raise _refuse(self.allowed)
-        return value
-
-
-def _quantity(limits: Range, parse: Callable[[str], int]) -> Callable[[object], int]:
-    def validate(value: object) -> int:
-        if isinstance(value, str):
-            try:
-                value = parse(value)
-            except ValueError as error:
-                raise _refuse(limits.allowed, f"{error}; ") from None
-        elif isinstance(value, float) and parse is parse_duration and value >= 0:
-            value = parse(f"{value:.6f}")
-        elif isinstance(value, int) and not isinstance(value, bool) and parse is parse_duration:
-            value = value * 10**9
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise _refuse(limits.allowed)
-        return limits.check(value)
-
-    return validate
-
-
-def _no_text(text: str) -> int:
-    raise ValueError("not a number")
-
-
-_SIZE_SCHEMA: Final = {
-    "anyOf": [
-        {"type": "integer", "minimum": 0},
-        {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*([kKmMgGtT]([iI][bB])?|[bB])?\s*$"},
-    ]
-}
-_DURATION_SCHEMA: Final = {
-    "anyOf": [
-        {"type": "number", "minimum": 0},
-        {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*(us|ms|s|min|h)?\s*$"},
-    ]
-}
 
 RAM: Final = Range(8 * MIB, 8 * TIB, "a size from 8MiB, such as 256MiB or 4G, in steps of 4KiB", multiple_of=4096)
 OBJECT: Final = Range(
@@ -152,117 +70,30 @@ FLUSH_WINDOW: Final = Range(0, 10**8, "a duration from 0 (do not wait) to 100ms,
 CHECKPOINT_INTERVAL: Final = Range(10**9, 3600 * 10**9, "a duration from 1s to 1h, such as 60s")
 IMAGE: Final = Range(512, 16 * TIB, "a multiple of 512 up to 16TiB, such as 4GiB", multiple_of=512)
 
-RamBytes = Annotated[int, BeforeValidator(_quantity(RAM, parse_size)), WithJsonSchema(_SIZE_SCHEMA)]
-ObjectBytes = Annotated[int, BeforeValidator(_quantity(OBJECT, parse_size)), WithJsonSchema(_SIZE_SCHEMA)]
-CacheBytes = Annotated[int, BeforeValidator(_quantity(CACHE, parse_size)), WithJsonSchema(_SIZE_SCHEMA)]
+RamBytes = Annotated[int, BeforeValidator(quantity(RAM, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
+ObjectBytes = Annotated[int, BeforeValidator(quantity(OBJECT, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
+CacheBytes = Annotated[int, BeforeValidator(quantity(CACHE, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
 DestageAfterNs = Annotated[
-    int, BeforeValidator(_quantity(DESTAGE_AFTER, parse_duration)), WithJsonSchema(_DURATION_SCHEMA)
+    int, BeforeValidator(quantity(DESTAGE_AFTER, parse_duration)), WithJsonSchema(DURATION_SCHEMA)
 ]
 SyncIntervalNs = Annotated[
-    int, BeforeValidator(_quantity(SYNC_INTERVAL, parse_duration)), WithJsonSchema(_DURATION_SCHEMA)
+    int, BeforeValidator(quantity(SYNC_INTERVAL, parse_duration)), WithJsonSchema(DURATION_SCHEMA)
 ]
-FlushWindowNs = Annotated[
-    int, BeforeValidator(_quantity(FLUSH_WINDOW, parse_duration)), WithJsonSchema(_DURATION_SCHEMA)
-]
+FlushWindowNs = Annotated[int, BeforeValidator(quantity(FLUSH_WINDOW, parse_duration)), WithJsonSchema(DURATION_SCHEMA)]
 CheckpointIntervalNs = Annotated[
-    int, BeforeValidator(_quantity(CHECKPOINT_INTERVAL, parse_duration)), WithJsonSchema(_DURATION_SCHEMA)
+    int, BeforeValidator(quantity(CHECKPOINT_INTERVAL, parse_duration)), WithJsonSchema(DURATION_SCHEMA)
 ]
 
 
-def _count_schema(limits: Range) -> WithJsonSchema:
-    return WithJsonSchema({"type": "integer", "minimum": limits.minimum, "maximum": limits.maximum})
-
-
-Queues = Annotated[int, BeforeValidator(_quantity(QUEUES, _no_text)), _count_schema(QUEUES)]
-Depth = Annotated[int, BeforeValidator(_quantity(DEPTH, _no_text)), _count_schema(DEPTH)]
-PollUs = Annotated[int, BeforeValidator(_quantity(POLL, _no_text)), _count_schema(POLL)]
-
-
-# Words and paths.
-
-
-def _one_of(*allowed: str) -> Callable[[object], object]:
-    def validate(value: object) -> object:
-        if value not in allowed or not isinstance(value, str):
-            guess = difflib.get_close_matches(str(value), allowed, 1)
-            hint = f" (did you mean '{guess[0]}'?)" if guess else ""
-            raise _refuse(", ".join(allowed) + hint)
-        return value
-
-    return validate
-
-
-def _name(value: object) -> object:
-    if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise _refuse("1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit")
-    return value
-
-
-def _serial(value: object) -> object:
-    fits = isinstance(value, str) and value.isascii() and value.isprintable() and 1 <= len(value) <= SERIAL_BYTES
-    if not fits:
-        raise _refuse(f"1 to {SERIAL_BYTES} printable ASCII characters")
-    return value
-
-
-def _path(value: object) -> object:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise _refuse("a path")
-    return value
-
-
-def _socket_path(value: object) -> object:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise _refuse("the path of a unix socket")
-    size = len(os.fsencode(value))
-    if size > SOCKET_PATH_BYTES:
-        raise _refuse(
-            f"a path of at most {SOCKET_PATH_BYTES} bytes (this one has {size}): use a shorter folder, such as /run"
-        )
-    return value
-
-
-def _permissions(value: object) -> object:
-    allowed = "octal permissions in quotes, such as '0600' or '0660'"
-    if not isinstance(value, str) or not re.fullmatch(r"0?o?[0-7]{3,4}", value):
-        raise _refuse(allowed)
-    bits = int(value.lstrip("0o") or "0", 8)
-    if bits & ~0o777 or not bits & 0o600 == 0o600:
-        raise _refuse(allowed, "the owner must keep reading and writing; ")
-    return bits
-
-
-def _on_off(value: object) -> object:
-    if not isinstance(value, bool):
-        raise _refuse("on, off, true or false")
-    return value
-
-
-Name = Annotated[str, BeforeValidator(_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME.pattern}$"})]
-Serial = Annotated[
-    str, BeforeValidator(_serial), WithJsonSchema({"type": "string", "minLength": 1, "maxLength": SERIAL_BYTES})
-]
-FilePath = Annotated[str, BeforeValidator(_path), WithJsonSchema({"type": "string", "minLength": 1})]
-SocketPath = Annotated[
-    str,
-    BeforeValidator(_socket_path),
-    WithJsonSchema({"type": "string", "minLength": 1, "maxLength": SOCKET_PATH_BYTES}),
-]
-Permissions = Annotated[
-    int, BeforeValidator(_permissions), WithJsonSchema({"type": "string", "pattern": "^0?o?[0-7]{3,4}$"})
-]
-OnOff = Annotated[bool, BeforeValidator(_on_off), WithJsonSchema({"type": "boolean"})]
-ModeName = Annotated[str, BeforeValidator(_one_of(*MODES)), WithJsonSchema({"type": "string", "enum": list(MODES)})]
+Queues = Annotated[int, BeforeValidator(quantity(QUEUES, no_text)), count_schema(QUEUES)]
+Depth = Annotated[int, BeforeValidator(quantity(DEPTH, no_text)), count_schema(DEPTH)]
+PollUs = Annotated[int, BeforeValidator(quantity(POLL, no_text)), count_schema(POLL)]
 
 
 # The models.
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
-
-
-class CacheConfig(_Model):
+class CacheConfig(Model):
     """The cache file, and the mode's parts (writeback, direct, no_flush: the names are QEMU's), each of which may be
     overridden.
     """
@@ -307,22 +138,13 @@ _NEED_A_CACHE: Final = (
 )
 
 
-class BackendConfig(_Model):
-    """Where the data ends up."""
-
-    type: Annotated[Literal["file"], BeforeValidator(_one_of("file")), Field(description="the kind of backend")] = (
-        "file"
-    )
-    path: FilePath = Field(description="a raw image or a block device; relative to the configuration file")
-
-
-class VolumeConfig(_Model):
+class VolumeConfig(Model):
     """One disk."""
 
     name: Name = Field(description="what events, status and statistics call the volume")
     socket: SocketPath = Field(description="the vhost-user socket to listen on; relative to the configuration file")
     socket_mode: Permissions = Field(0o600, description="permissions of the socket, in octal")
-    backend: BackendConfig
+    backend: BackendConfig = Field(description="where the data ends up")
     mode: ModeName = Field(DEFAULT, description="QEMU's cache mode")
     cache: CacheConfig = Field(
         default_factory=CacheConfig,  # type: ignore[arg-type]
@@ -369,15 +191,15 @@ class VolumeConfig(_Model):
         return self.serial if self.serial is not None else self.name[:SERIAL_BYTES]
 
 
-class Config(_Model):
+class Config(Model):
     """One daemon."""
 
     volumes: list[VolumeConfig] = Field(min_length=1, max_length=VOLUMES)
     control: SocketPath | None = Field(None, description="control socket; none without this key")
-    log_format: Annotated[Literal["console", "json"], BeforeValidator(_one_of("console", "json"))] = Field(
+    log_format: Annotated[Literal["console", "json"], BeforeValidator(one_of("console", "json"))] = Field(
         "console", description="how events are written to standard error"
     )
-    io_engine: Annotated[Literal["auto", "threads"], BeforeValidator(_one_of("auto", "threads"))] = Field(
+    io_engine: Annotated[Literal["auto", "threads"], BeforeValidator(one_of("auto", "threads"))] = Field(
         "auto", description="auto: io_uring, and a pool of threads where it is forbidden; threads: the pool always"
     )
     poll_max_us: PollUs = Field(50, description="upper bound of adaptive polling; 0: never poll")
@@ -405,7 +227,7 @@ def load(path: str) -> Config:
     tree = _Tree(path)
     value = tree.build(data)
     if not isinstance(value, dict):
-        raise tree.error((), f"found {_found(value)}; allowed: a mapping with the key volumes")
+        raise tree.error((), f"found {found(value)}; allowed: a mapping with the key volumes")
     try:
         config = Config.model_validate(value)
     except ValidationError as error:
@@ -422,12 +244,11 @@ def refuse_duplicates(config: Config, at: _Raise) -> None:
         taken["socket", os.path.realpath(config.control)] = ("control",)
     for index, volume in enumerate(config.volumes):
         here: _Place = ("volumes", index)
-        image = os.path.realpath(volume.backend.path)
         access = "reader" if volume.read_only else "writer"
         uses: list[tuple[str, str, _Place]] = [
             ("name", volume.name, (*here, "name")),
             ("socket", os.path.realpath(volume.socket), (*here, "socket")),
-            (access, image, (*here, "backend", "path")),
+            (access, volume.backend.resource, (*here, "backend", volume.backend.main_key)),
         ]
         if volume.cache.path is not None:
             uses.append(("cache", os.path.realpath(volume.cache.path), (*here, "cache", "path")))
@@ -451,7 +272,7 @@ def _relative_to(config: Config, folder: Path, at: _Raise) -> Config:
     def fix(path: str, *place: str | int) -> str:
         absolute = str(folder / path)
         size = len(os.fsencode(absolute))
-        if "path" not in place and size > SOCKET_PATH_BYTES:
+        if size > SOCKET_PATH_BYTES:
             raise at(
                 place,
                 f"found '{absolute}'; allowed: at most {SOCKET_PATH_BYTES} bytes (this one has {size}): "
@@ -461,9 +282,8 @@ def _relative_to(config: Config, folder: Path, at: _Raise) -> Config:
 
     volumes = []
     for index, volume in enumerate(config.volumes):
-        path = fix(volume.backend.path, "volumes", index, "backend", "path")
         socket = fix(volume.socket, "volumes", index, "socket")
-        backend = volume.backend.model_copy(update={"path": path})
+        backend = volume.backend.relative_to(str(folder))
         cache = volume.cache.model_copy(
             update={
                 key: str(folder / value)
@@ -545,7 +365,7 @@ class _Tree:
                 for source in sources:
                     value = self._value(source, (*place, "<<"), around)
                     if not isinstance(value, dict):
-                        raise self.error((*place, "<<"), f"found {_found(value)}; allowed: an alias of a mapping")
+                        raise self.error((*place, "<<"), f"found {found(value)}; allowed: an alias of a mapping")
                     for key, item in value.items():
                         merged.setdefault(key, item)
                 continue
@@ -579,57 +399,64 @@ def _explain(error: ValidationError, model: type[BaseModel], at: _Raise) -> Usag
 
 
 def _explain_one(place: _Place, detail: Any, model: type[BaseModel], at: _Raise) -> UsageError:
-    kind, found = detail["type"], _found(detail.get("input"))
+    kind, value = detail["type"], found(detail.get("input"))
     context = detail.get("ctx", {})
+    allowed = _keys_at(model, place)
+    inner = place  # as the models are nested: with the kind of backend, which no file has
+    if "backend" in place[:-1] and place[place.index("backend") + 1] in BACKENDS:
+        at_kind = place.index("backend") + 1
+        place = (*place[:at_kind], *place[at_kind + 1 :])
     if kind == "extra_forbidden":
-        allowed = _keys_at(model, place[:-1])
+        allowed = _keys_at(model, inner[:-1])
         guess = difflib.get_close_matches(str(place[-1]), allowed, 1)
         hint = f" (did you mean '{guess[0]}'?)" if guess else ""
         return at(place, f"is not a key here; allowed: {', '.join(allowed)}{hint}")
     if kind == "missing":
         return at(place[:-1], f"the key '{place[-1]}' is missing")
     if kind == "not_allowed":
-        return at(place, f"found {found}; {context['why']}allowed: {context['allowed']}")
+        return at(place, f"found {value}; {context['why']}allowed: {context['allowed']}")
     if kind == "ram_too_small":
         return at((*place, "ram"), detail["msg"])
     if kind == "read_only_cache":
         return at((*place, "cache", "path"), detail["msg"])
     if kind == "no_cache":
         return at((*place, context["key"]), "is of no use without a cache file; allowed: together with cache.path")
+    if kind == "needless":
+        return at((*place, context["key"]), detail["msg"])
+    if kind == "union_tag_invalid":
+        guess = difflib.get_close_matches(context["tag"], _KINDS, 1)
+        hint = f" (did you mean '{guess[0]}'?)" if guess else ""
+        return at((*place, "type"), f"found '{context['tag']}'; allowed: {', '.join(_KINDS)}{hint}")
+    if kind == "union_tag_not_found" and isinstance(detail.get("input"), dict):
+        return at((*place, "type"), f"found {found(detail['input'].get('type'))}; allowed: {', '.join(_KINDS)}")
     if kind == "too_short":
         return at(place, "found an empty list; allowed: at least one volume")
     if kind == "too_long":
-        return at(place, f"found {len(detail['input'])} volumes; allowed: at most {VOLUMES}")
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return at(place, f"found {found}; allowed: a mapping with the keys {', '.join(_keys_at(model, place))}")
+        what = "volumes" if place == ("volumes",) else "entries"
+        return at(place, f"found {context['actual_length']} {what}; allowed: at most {context['max_length']}")
+    if kind in ("model_type", "model_attributes_type", "dict_type", "union_tag_not_found"):
+        return at(place, f"found {value}; allowed: a mapping with the keys {', '.join(allowed)}")
     if kind == "list_type":
-        return at(place, f"found {found}; allowed: a list of volumes")
-    return at(place, f"found {found}; {detail['msg'].lower()}")
+        return at(place, f"found {value}; allowed: a list{' of volumes' if place == ('volumes',) else ''}")
+    return at(place, f"found {value}; {detail['msg'].lower()}")
+
+
+_KINDS: Final = [str(kind) for kind in BACKENDS]
+_INNER: Final[dict[str | int, type[BaseModel]]] = {
+    "volumes": VolumeConfig,
+    "backend": BACKENDS["file"],
+    "cache": CacheConfig,
+    "wrap": WrapConfig,
+    **WRAPPERS,
+}
 
 
 def _keys_at(model: type[BaseModel], place: _Place) -> list[str]:
     current: type[BaseModel] = model
-    for part in place:
-        if isinstance(part, int):
-            current = VolumeConfig
-        elif part == "backend":
-            current = BackendConfig
-        elif part == "cache":
-            current = CacheConfig
-    return list(current.model_fields)
-
-
-def _found(value: object) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list):
-        return "a list"
-    text = str(value)
-    return f"'{text[:80]}…'" if len(text) > 80 else f"'{text}'"
+    for before, part in zip((None, *place), place, strict=False):
+        is_kind = before == "backend" and part in BACKENDS
+        current = BACKENDS[str(part)] if is_kind else _INNER.get(part, current)
+    return sorted(current.model_fields, key=lambda key: key == "wrap")
 
 
 def _spell(place: _Place) -> str:

@@ -29,9 +29,10 @@ from vhostcache.assembly import CacheClaim, claim_without_cache
 from vhostcache.backend.base import Backend
 from vhostcache.backend.file import FileBackend
 from vhostcache.config import Config, VolumeConfig
+from vhostcache.config_backend import FileBackendConfig
 from vhostcache.control import ControlChannel
 from vhostcache.engine import Engine
-from vhostcache.errors import EXIT_OK, EXIT_RUNTIME, ControlError, why_number
+from vhostcache.errors import EXIT_OK, EXIT_RUNTIME, ControlError, UsageError, why_number
 from vhostcache.events import EventLog
 from vhostcache.guest_requests import VolumeSettings
 from vhostcache.log.format import REQUEST_BLOCKS
@@ -177,6 +178,8 @@ class Daemon:
         return EXIT_RUNTIME if any(served.failed for served in self._served) else EXIT_OK
 
     def _open_backend(self, volume: VolumeConfig, stack: contextlib.ExitStack) -> Backend:
+        if not isinstance(volume.backend, FileBackendConfig):
+            raise UsageError(volume.name, f"a backend of type {volume.backend.type} cannot be served yet")
         backend = FileBackend(volume.backend.path, volume.read_only, volume.cache_mode.direct)
         stack.callback(backend.close)
         for warning in backend.warnings:
@@ -324,7 +327,7 @@ class Daemon:
                 "volume",
                 volume=served.name,
                 socket=served.config.socket,
-                backend=served.config.backend.path,
+                backend=served.config.backend.label,
                 size_bytes=facts.size_bytes,
                 mode=served.config.cache_mode.name,
                 direct=facts.direct,
@@ -697,7 +700,7 @@ class Daemon:
             "state": "failed" if served.failed else served.state.value,
             "connected": served.connected,
             "socket": config.socket,
-            "backend": config.backend.path,
+            "backend": config.backend.label,
             "mode": config.cache_mode.name,
             "read_only": config.read_only,
             "size_bytes": served.backend.facts.size_bytes,

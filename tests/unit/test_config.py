@@ -101,6 +101,7 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
 
 # Each: a change of GOOD, and what the one line has to say.
 CACHE = "cache: {direct: on, path: vda.cache, size: 8GiB, sync_interval: 200ms, destage: off}"
+FILE = "backend: {type: file, path: vda.img}"
 REFUSED = [
     ("size: 8GiB", "size: 63MiB", "volumes[0].cache.size: found '63MiB'", "a size from 64MiB to 16TiB"),
     ("size: 8GiB", "size: 8GB", "volumes[0].cache.size: found '8GB'", "write 'GiB'"),
@@ -135,8 +136,30 @@ REFUSED = [
     (CACHE, "cache: {no-flush: on}", "volumes[0].cache.no-flush: is not a key here", "did you mean 'no_flush'?"),
     (CACHE, "cache: on", "volumes[0].cache: found true", "writeback, direct, no_flush"),
     ("backend: {type: file, path: vda.img}", "backend: vda.img", "volumes[0].backend: found 'vda.img'", "the keys type, path"),
-    ("backend: {type: file, path: vda.img}", "backend: {type: nbd, path: x}", "volumes[0].backend.type: found 'nbd'", "allowed: file"),
+    ("backend: {type: file, path: vda.img}", "backend: {type: ndb, path: x}", "disks.yaml:8:15: volumes[0].backend.type: found 'ndb'", "allowed: file, nbd, qsd (did you mean 'nbd'?)"),
     ("backend: {type: file, path: vda.img}", "backend: {type: file}", "volumes[0].backend: the key 'path' is missing", ""),
+    (FILE, "backend: {type: 7, path: x}", "volumes[0].backend.type: found '7'", "allowed: file, nbd, qsd"),
+    (FILE, "backend: {type: nbd, path: x}", "volumes[0].backend.path: is not a key here", "allowed: type, uri, connections"),
+    (FILE, "backend: {type: nbd}", "volumes[0].backend: the key 'uri' is missing", ""),
+    (FILE, "backend: {type: nbd, uri: 7}", "volumes[0].backend.uri: found '7'", "an NBD URI, such as nbd://host/export"),
+    (FILE, "backend: {type: nbd, uri: 'http://h/'}", "volumes[0].backend.uri: found 'http://h/'", "an NBD URI"),
+    (FILE, "backend: {type: nbd, uri: 'nbd://h:x/'}", "volumes[0].backend.uri: found 'nbd://h:x/'", "port"),
+    (FILE, "backend: {type: nbd, uri: 'nbd:///x'}", "volumes[0].backend.uri: found 'nbd:///x'; no host", ""),
+    (FILE, "backend: {type: nbd, uri: 'nbd+unix:///'}", "volumes[0].backend.uri: found", "?socket=PATH at the end"),
+    (FILE, "backend: {type: nbd, uri: 'nbd+unix://x?socket=y'}", "volumes[0].backend.uri: found", "three slashes"),
+    (FILE, "backend: {type: nbd, uri: 'nbd://h', connections: 17}", "volumes[0].backend.connections: found '17'", "from 1 to 16"),
+    (FILE, "backend: {type: nbd, uri: 'nbd://h', tls_psk_file: x}", "volumes[0].backend.tls_psk_file: is of no use", "together with an nbds:// or"),
+    (FILE, "backend: {type: nbd, uri: 'nbds://h', tls_psk_file: x, tls_certificates: y}", "volumes[0].backend.tls_psk_file: found", "one of the two"),
+    (FILE, "backend: {type: qsd}", "volumes[0].backend: the key 'blockdev' is missing", ""),
+    (FILE, "backend: {type: qsd, blockdev: disk.qcow2}", "volumes[0].backend.blockdev: found 'disk.qcow2'", "{driver: qcow2, file: {driver: file, filename: PATH}}"),
+    (FILE, "backend: {type: qsd, blockdev: {filename: x}}", "volumes[0].backend.blockdev: found a mapping", "a 'driver' in every block device"),
+    (FILE, "backend: {type: qsd, blockdev: {driver: raw, file: {filename: x}}}", "volumes[0].backend.blockdev: found a mapping", "a 'driver' in every block device"),
+    (FILE, "backend: {type: qsd, blockdev: {driver: file}, objects: [{id: x}]}", "volumes[0].backend.objects: found a list", "{qom-type: secret, id: key0, file: PATH}"),
+    (FILE, "backend: {path: x, wrap: {delay: {}}}", "volumes[0].backend.wrap: found a mapping", "a list"),
+    (FILE, "backend: {path: x, wrap: [{dealy: {}}]}", "volumes[0].backend.wrap[0].dealy: is not a key here", "did you mean 'delay'?"),
+    (FILE, "backend: {path: x, wrap: [{delay: {}, retry: {}}]}", "volumes[0].backend.wrap[0]: found a mapping", "one of delay, fault, trace, retry in each"),
+    (FILE, "backend: {path: x, wrap: [{delay: {read: soon}}]}", "volumes[0].backend.wrap[0].delay.read: found 'soon'", "from 0 to 1h"),
+    (FILE, "backend: {path: x, wrap: [{fault: {eror: EIO}}]}", "volumes[0].backend.wrap[0].fault.eror: is not a key here", "did you mean 'error'?"),
     ("name: vda", "name: 'v d a'", "volumes[0].name: found 'v d a'", "letters, digits"),
     ("name: logs", "name: vda", "disks.yaml:17:5: volumes[1].name: found 'vda', which is that of volumes[0].name too", ""),
     ("socket: /run/logs.sock", "socket: ./vda.sock", "volumes[1].socket: found", "volumes[0].socket too"),
@@ -198,6 +221,79 @@ def test_what_is_wrong_is_told_with_its_place_and_what_is_allowed(
 )
 def test_what_is_no_configuration_at_all_is_refused(tmp_path: Path, text: str | bytes, words: str) -> None:
     assert words in refused(tmp_path, text)
+
+
+def backend(folder: Path, text: str) -> Any:
+    return load(write(folder, f"volumes: [{{name: a, socket: s, backend: {text}}}]")).volumes[0].backend
+
+
+@pytest.mark.parametrize(
+    ("given", "uri", "resource"),
+    [
+        ("nbd://Host/a%20b", "nbd://Host/a%20b", "nbd://host:10809/a b"),
+        ("nbds://me@host:99", "nbds://me@host:99", "nbd://host:99/"),
+        ("nbd+unix:///?socket=/x/y", "nbd+unix:///?socket=/x/y", "nbd+unix:/x/y:"),
+        ("nbd+unix:///e?socket=x%20.sock", "nbd+unix:///e?socket={folder}/x%20.sock", "nbd+unix:{folder}/x .sock:e"),
+    ],
+)
+def test_an_nbd_backend_is_known_by_where_it_leads(tmp_path: Path, given: str, uri: str, resource: str) -> None:
+    found = backend(tmp_path, f"{{type: nbd, uri: '{given}'}}")
+    assert found.uri == uri.format(folder=tmp_path)
+    assert found.resource == resource.format(folder=tmp_path.resolve())
+
+
+def test_files_beside_an_nbd_backend_are_relative_to_the_configuration(tmp_path: Path) -> None:
+    found = backend(tmp_path, "{type: nbd, uri: 'nbds://h', tls_certificates: pki, wrap: [{trace: {file: t}}]}")
+    assert (found.tls_certificates, found.wrap[0].trace.file) == (f"{tmp_path}/pki", f"{tmp_path}/t")
+
+
+def test_a_block_device_of_qemu_may_be_nested_or_dotted(tmp_path: Path) -> None:
+    nested = backend(tmp_path, "{type: qsd, blockdev: {driver: qcow2, file: {driver: file, filename: a.qcow2}}}")
+    dotted = backend(tmp_path, "{type: qsd, blockdev: {driver: qcow2, file.driver: file, file.filename: a.qcow2}}")
+    assert nested.blockdev == dotted.blockdev
+    assert nested.image == f"{tmp_path}/a.qcow2"
+    assert nested.resource == f"{tmp_path.resolve()}/a.qcow2"
+    assert nested.label == f"qcow2:{tmp_path}/a.qcow2"
+    assert not nested.compresses
+    locking = backend(tmp_path, "{type: qsd, blockdev: {driver: file, locking: off, filename: a}}")
+    assert locking.blockdev["locking"] == "off", "YAML has a boolean there, and QEMU a word"
+
+
+def test_what_only_says_how_to_use_a_block_device_does_not_change_what_it_is(tmp_path: Path) -> None:
+    one = "{type: qsd, blockdev: {driver: qcow2, cache: {direct: on}, l2-cache-size: 4194304, file: {driver: https, url: 'https://me:secret@h/x'}}}"
+    two = "{type: qsd, blockdev: {driver: qcow2, file: {url: 'https://me:secret@h/x', driver: https}}}"
+    other = "{type: qsd, blockdev: {driver: qcow2, file: {url: 'https://me:secret@h/y', driver: https}}}"
+    assert backend(tmp_path, one).resource == backend(tmp_path, two).resource != backend(tmp_path, other).resource
+    assert backend(tmp_path, one).label == "qcow2:https:https://h/x"
+
+
+def test_a_filter_around_an_image_does_not_change_what_it_is(tmp_path: Path) -> None:
+    plain = backend(tmp_path, "{type: qsd, blockdev: {driver: qcow2, file: {driver: file, filename: a}}}")
+    small = backend(
+        tmp_path, "{type: qsd, blockdev: {driver: compress, file: {driver: qcow2, file: {driver: file, filename: a}}}}"
+    )
+    assert plain.canonical == small.canonical
+    assert small.compresses
+
+
+def test_a_file_and_an_image_in_it_are_not_both_served(tmp_path: Path) -> None:
+    text = """volumes:
+    - {name: a, socket: a.s, backend: {path: x}}
+    - {name: b, socket: b.s, backend: {type: qsd, blockdev: {driver: qcow2, file: {driver: file, filename: x}}}}
+    """
+    assert "volumes[1].backend.blockdev: found" in refused(tmp_path, text)
+
+
+def test_wrappers_are_given_to_the_engine_as_words(tmp_path: Path) -> None:
+    found = backend(
+        tmp_path, "{path: x, wrap: [{delay: {read: 2ms}}, {fault: {error: ENOSPC}}, {trace: {file: a b}}, {retry: {}}]}"
+    )
+    assert [(wrap.kind, wrap.wrapper.parameters()) for wrap in found.wrap] == [
+        ("delay", "read=2000000 write=0 flush=0 zero=0"),
+        ("fault", "operation=any error=ENOSPC after=0 count=0 percent=100 seed=0"),
+        ("trace", f"file={tmp_path}/a b"),
+        ("retry", "attempts=5 delay=100000000 max_delay=5000000000"),
+    ]
 
 
 def test_aliases_cannot_make_a_small_file_stand_for_a_huge_one(tmp_path: Path) -> None:

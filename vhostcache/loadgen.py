@@ -22,6 +22,7 @@ from rich.table import Table
 
 from vhostcache._loadgen import ffi, lib
 from vhostcache.frontend import GUEST_ADDRESS, Feature, Frontend, FrontendError
+from vhostcache.loadgen_series import Series
 
 MAX_QUEUE_SIZE = 1024  # the largest ring that libvhost-user takes
 MIN_QUEUE_SIZE = 128  # QEMU's default
@@ -70,6 +71,7 @@ class Load:
     fsync: int = 0
     end_fsync: bool = False
     verify: bool = False
+    do_verify: bool = True
     verify_only: bool = False
     verify_state: str | None = None
     seed: int | None = None
@@ -79,6 +81,7 @@ class Load:
     inflight: bool = True
     cpus: tuple[int, ...] = ()
     timeout: float = 30
+    log_avg_msec: int = 0
 
     def check(self) -> None:
         """Raise LoadError for what no server could do."""
@@ -165,6 +168,7 @@ class Report:
     kicks: int = 0
     interrupts: int = 0
     verified_bytes: int = 0
+    series: list[dict[str, Any]] = field(default_factory=list)
 
     def iops(self, kind: str) -> float:
         return self.kinds[kind].count / self.runtime_s if self.runtime_s and kind in self.kinds else 0.0
@@ -186,7 +190,7 @@ class Report:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """fio's JSON, as far as it applies; `zero`, `verified_bytes`, `kicks` and `interrupts` are ours."""
+        """fio's JSON, as far as it applies; `zero`, `verified_bytes`, `kicks`, `interrupts` and `series` are ours."""
         options = asdict(self.load) | {"seed": self.seed, "cpus": list(self.load.cpus)}
         sync = self.kinds.get("sync", Latency())
         return {
@@ -204,6 +208,7 @@ class Report:
                     "verified_bytes": self.verified_bytes,
                     "kicks": self.kicks,
                     "interrupts": self.interrupts,
+                    **({"series": self.series} if self.load.log_avg_msec else {}),
                 }
             ],
         }
@@ -376,9 +381,20 @@ class Job:
             watch(lib.lg_progress(self._job))
         return [lib.lg_get_result(self._job, i) for i in range(self.load.numjobs)]
 
+    def histograms(self) -> dict[str, list[int]]:
+        """Hits in each bucket until now, by kind, while it runs."""
+        found: dict[str, list[int]] = {}
+        for name, kind in KINDS.items():
+            each = [
+                ffi.unpack(lib.lg_get_result(self._job, i).histogram[kind], lib.LG_HISTOGRAM)
+                for i in range(self.load.numjobs)
+            ]
+            found[name] = each[0] if len(each) == 1 else [sum(column) for column in zip(*each, strict=True)]
+        return found
+
     def _wait(self) -> int:
         try:
-            return int(lib.lg_wait(self._job, WAIT_SLICE_MS))
+            return int(lib.lg_wait(self._job, min(WAIT_SLICE_MS, self.load.log_avg_msec or WAIT_SLICE_MS)))
         except KeyboardInterrupt:
             lib.lg_stop(self._job, ffi.NULL)
             return 1
@@ -467,7 +483,7 @@ def run(load: Load, watch: Callable[[int], None] = lambda _: None) -> Report:
 def _run_phases(job: Job, report: Report, watch: Callable[[int], None]) -> None:
     load = job.load
     if not load.verify_only:
-        results = job.run_phase(lib.LG_RUN, watch)
+        results = _run_load(job, report, watch)
         report.error = job.error()
         report.runtime_s = max(r.runtime_ns for r in results) / 1e9
         for name, kind in KINDS.items():
@@ -481,10 +497,33 @@ def _run_phases(job: Job, report: Report, watch: Callable[[int], None]) -> None:
         job.load_state(load.verify_state)
     else:
         job.run_phase(lib.LG_REPLAY, watch)
-    if (load.verify or load.verify_only) and not report.error:
+    if ((load.verify and load.do_verify) or load.verify_only) and not report.error:
         results = job.run_phase(lib.LG_VERIFY, watch)
         report.error = job.error()
         report.verified_bytes += _verified_bytes(results, load)
+
+
+def _run_load(job: Job, report: Report, watch: Callable[[int], None]) -> list[Any]:
+    """The load itself, and its series if one is wanted."""
+    interval_s = job.load.log_avg_msec / 1000
+    if not interval_s:
+        return job.run_phase(lib.LG_RUN, watch)
+    series = Series(job.histograms, lib.lg_bucket_ns)
+    started_s = time.monotonic()
+    due_s = interval_s
+
+    def watch_and_mark(done: int) -> None:
+        nonlocal due_s
+        watch(done)
+        now_s = time.monotonic() - started_s
+        if now_s >= due_s:
+            series.mark(now_s)
+            due_s = now_s + interval_s
+
+    results = job.run_phase(lib.LG_RUN, watch_and_mark)
+    series.mark(time.monotonic() - started_s)
+    report.series = series.intervals
+    return results
 
 
 def _verified_bytes(results: list[Any], load: Load) -> int:
@@ -546,6 +585,14 @@ def parse_cpus(text: str | tuple[int, ...]) -> tuple[int, ...]:
     "--verify", type=click.Choice(["crc32c"]), help="Write data that describes itself, read it back, check it."
 )
 @click.option(
+    "--do_verify",
+    "--do-verify",
+    type=click.BOOL,
+    default=True,
+    metavar="0|1",
+    help="0: write what --verify writes, and leave it to a run with --verify_only to read it back.",
+)
+@click.option(
     "--verify_only", "--verify-only", is_flag=True, help="Only check what a run with these options has written."
 )
 @click.option(
@@ -575,6 +622,13 @@ def parse_cpus(text: str | tuple[int, ...]) -> tuple[int, ...]:
     default=30,
     show_default=True,
     help="Give up when nothing completes for so many seconds.",
+)
+@click.option(
+    "--log_avg_msec",
+    "--log-avg-msec",
+    type=click.IntRange(0, 3_600_000),
+    default=0,
+    help="Requests and latencies of each interval of so many milliseconds, in the JSON's `series`.",
 )
 @click.option("--json", "as_json", is_flag=True, help="fio's JSON on standard output.")
 def bench_command(as_json: bool, verify: str | None, **options: Any) -> None:

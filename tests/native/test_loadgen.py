@@ -130,6 +130,27 @@ def test_what_a_broken_off_run_had_acknowledged_can_be_verified(make_disk: Calla
     disk.assert_good()
 
 
+def test_what_one_run_writes_another_may_verify(disk: Disk, tmp_path: Path) -> None:
+    load = ("--rw", "randwrite", "--iodepth", "16", "--number_ios", "500", *SHAPE)
+    load += ("--verify_state", str(tmp_path / "state"))
+    job = job_of(bench(disk.socket, *load, "--verify", "crc32c", "--do_verify", "0", "--json"))
+    assert job["verified_bytes"] == 0
+    assert job_of(bench(disk.socket, *load, "--verify_only", "--json"))["verified_bytes"] > 0
+
+
+def test_a_series_adds_up_to_the_whole_run(disk: Disk) -> None:
+    load = ("--rw", "randrw", "--iodepth", "8", "--numjobs", "2", "--number_ios", "3000", "--fsync", "16", *SHAPE)
+    job = job_of(bench(disk.socket, *load, "--log_avg_msec", "20", "--json"))
+    series = job["series"]
+    for kind in ("read", "write", "sync"):
+        assert sum(interval[kind]["ios"] for interval in series if kind in interval) == job[kind]["total_ios"]
+    assert all(a["end_s"] == b["begin_s"] for a, b in itertools.pairwise(series))
+    busy = [interval["write"]["lat_ns"] for interval in series if "write" in interval]
+    assert all(p["50.000000"] <= p["99.000000"] <= p["100.000000"] for p in busy)
+    # The upper bound of a bucket.
+    assert max(p["100.000000"] for p in busy) >= job["write"]["clat_ns"]["max"] * 0.999
+
+
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [

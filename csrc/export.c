@@ -53,6 +53,7 @@ void connection_open(struct volume *volume, int fd)
     memset(connection, 0, sizeof *connection);
     connection->volume = volume;
     connection->reply_fd = -1;
+    volume->handing_over = volume->may_stop = false;
     volume->message[0] = 0;
     if (!vu_init(&connection->dev, volume->config.num_queues, fd, connection_panic, hand_over, set_watch, remove_watch,
                  &connection_interface)) {
@@ -238,6 +239,7 @@ static void dispatch(struct connection *connection)
     }
     watch_socket(connection, true);
     connection->quiescing = connection->may_drop = connection->quiesce_due = false;
+    connection->volume->handing_over = connection->volume->may_stop = false;
     bool sent = vu_dispatch(&connection->dev);
     if (connection->reply_fd >= 0) {
         close(connection->reply_fd);
@@ -263,6 +265,23 @@ static bool wants_look(struct connection *connection)
     return connection->running_queues;
 }
 
+/* Nothing is popped any more, and the core is told once that all has been answered. */
+static bool waits_for_hand_over(struct connection *connection)
+{
+    struct volume *volume = connection->volume;
+    if (connection->postponed && !connection->quiescing)
+        return true; /* the core has to see them again first */
+    connection_quiesce(connection, false);
+    if (!connection_settled(connection))
+        return true;
+    if (!volume->attached || volume->may_stop)
+        return false;
+    if (!volume->handing_over)
+        engine_event(volume->engine, VHC_EV_HAND_OVER, volume->number, 0);
+    volume->handing_over = true;
+    return true;
+}
+
 /* The message is whole: process it now, or hold it back. True: processed. */
 static bool consider(struct connection *connection)
 {
@@ -284,6 +303,9 @@ static bool consider(struct connection *connection)
             waits = true;
         else if (waits)
             connection_quiesce(connection, verdict == VERDICT_SETTLE_OR_DROP);
+        break;
+    case VERDICT_HAND_OVER:
+        waits = waits_for_hand_over(connection);
     }
     if (waits) {
         if (!connection->held)

@@ -135,6 +135,10 @@ struct volume {
     vhc_volume_config config;
     int listen_fd;
     bool started, stopping, listening;
+    bool attached;     /* it has its storage; without that nothing is popped */
+    bool on_hold;      /* nothing is popped meanwhile */
+    bool handing_over; /* the core has been told that the front-end's last queue wants to stop in a migration */
+    bool may_stop;     /* ... and lets it, though the storage stays */
     struct vblk_limits limits;
     uint8_t config_space[60];
     uint8_t *slab;
@@ -142,6 +146,7 @@ struct volume {
     int buffer_base; /* first index among the registered buffers, or -1 */
     int descriptor[IO_TARGETS]; /* of a file, or -1 */
     int fixed_file[IO_TARGETS]; /* its index among the registered files, or -1 */
+    int kept_buffer_base, kept_file[IO_TARGETS]; /* what the driver keeps for the next time that storage is attached, or -1 */
     struct tier tier;
     struct log log;
     struct group *groups;
@@ -235,13 +240,13 @@ static inline bool connection_settled(const struct connection *connection)
 }
 static inline bool connection_pops(const struct connection *connection)
 {
-    return connection->state == CONNECTION_ACTIVE && !connection->quiescing;
+    return connection->state == CONNECTION_ACTIVE && !connection->quiescing && connection->volume->attached && !connection->volume->on_hold;
 }
 
 /* messages.c */
-enum verdict { VERDICT_PROCESS, VERDICT_LOOK, VERDICT_SETTLE, VERDICT_SETTLE_OR_DROP, VERDICT_BROKEN };
-/* What has to happen before this message may be processed: nothing, another look at the rings, or the end of all requests. A broken one
- * has closed the connection. */
+enum verdict { VERDICT_PROCESS, VERDICT_LOOK, VERDICT_SETTLE, VERDICT_SETTLE_OR_DROP, VERDICT_HAND_OVER, VERDICT_BROKEN };
+/* What has to happen before this message may be processed: nothing, another look at the rings, the end of all requests, or that the core
+ * has let go of the storage besides. A broken one has closed the connection. */
 enum verdict message_judge(struct connection *connection, const VhostUserMsg *message);
 uint64_t device_features(const struct volume *volume);
 int message_process(VuDev *dev, VhostUserMsg *message, int *do_reply);

@@ -44,6 +44,8 @@ struct io_driver {
     void (*destroy)(vhc_engine *engine);
     /* Tell the driver of a volume's slab and descriptor, if that helps it. */
     void (*add_volume)(vhc_engine *engine, struct volume *volume);
+    /* No I/O of it is in flight, and both go. It may be told of the volume again. */
+    void (*remove_volume)(vhc_engine *engine, struct volume *volume);
     void (*submit)(vhc_engine *engine, struct io *io);
     /* Give the kernel all that has been submitted. */
     void (*flush)(vhc_engine *engine);

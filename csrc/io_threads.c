@@ -146,6 +146,11 @@ static void pool_add_volume(vhc_engine *engine, struct volume *volume)
     (void)engine, (void)volume;
 }
 
+static void pool_remove_volume(vhc_engine *engine, struct volume *volume)
+{
+    (void)engine, (void)volume;
+}
+
 static void pool_submit(vhc_engine *engine, struct io *io)
 {
     struct pool *pool = engine->driver_state;
@@ -204,6 +209,7 @@ const struct io_driver io_threads_driver = {
     .create = pool_create,
     .destroy = pool_destroy,
     .add_volume = pool_add_volume,
+    .remove_volume = pool_remove_volume,
     .submit = pool_submit,
     .flush = pool_flush,
     .reap = pool_reap,

@@ -84,33 +84,65 @@ static void uring_destroy(vhc_engine *engine)
     free(uring);
 }
 
-static int register_file(struct uring *uring, int fd)
+/* At the index that the volume has had before, or at a new one. */
+static int register_file(struct uring *uring, int fd, int *kept)
 {
-    if (fd < 0 || !uring->files || uring->files_used == VHC_MAX_VOLUMES ||
-        io_uring_register_files_update(&uring->ring, uring->files_used, &fd, 1) != 1)
+    int index = *kept >= 0 ? *kept : (int)uring->files_used;
+    if (fd < 0 || !uring->files || index >= VHC_MAX_VOLUMES || io_uring_register_files_update(&uring->ring, (unsigned)index, &fd, 1) != 1)
         return -1;
-    return (int)uring->files_used++;
+    if (*kept < 0)
+        uring->files_used++;
+    return *kept = index;
+}
+
+static uint32_t pieces_of(const struct volume *volume)
+{
+    return (uint32_t)(((uint64_t)volume->config.slots * VHC_BLOCK + BUFFER_BYTES - 1) / BUFFER_BYTES);
 }
 
 static void uring_add_volume(vhc_engine *engine, struct volume *volume)
 {
     struct uring *uring = engine->driver_state;
     uint64_t bytes = (uint64_t)volume->config.slots * VHC_BLOCK;
-    uint32_t pieces = (uint32_t)((bytes + BUFFER_BYTES - 1) / BUFFER_BYTES);
+    uint32_t pieces = pieces_of(volume);
     for (int target = 0; target < IO_TARGETS; target++)
-        volume->fixed_file[target] = register_file(uring, volume->descriptor[target]);
-    if (!uring->buffers || uring->buffers_used + pieces > BUFFERS)
+        volume->fixed_file[target] = register_file(uring, volume->descriptor[target], &volume->kept_file[target]);
+    uint32_t first = volume->kept_buffer_base >= 0 ? (uint32_t)volume->kept_buffer_base : uring->buffers_used;
+    if (!uring->buffers || first + pieces > BUFFERS)
         return;
     for (uint32_t i = 0; i < pieces; i++) {
         uint64_t start = i * BUFFER_BYTES;
         struct iovec piece = {volume->slab + start, bytes - start < BUFFER_BYTES ? bytes - start : BUFFER_BYTES};
         __u64 no_tag = 0;
-        if (io_uring_register_buffers_update_tag(&uring->ring, uring->buffers_used + i, &piece, &no_tag, 1) != 1)
+        if (io_uring_register_buffers_update_tag(&uring->ring, first + i, &piece, &no_tag, 1) != 1)
             return; /* pieces before it stay registered, unused */
     }
-    volume->buffer_base = (int)uring->buffers_used;
-    uring->buffers_used += pieces;
+    if (volume->kept_buffer_base < 0)
+        uring->buffers_used += pieces;
+    volume->buffer_base = volume->kept_buffer_base = (int)first;
     engine->stats.registered_buffers += pieces;
+}
+
+/* The number of slots is the same the next time. */
+static void uring_remove_volume(vhc_engine *engine, struct volume *volume)
+{
+    struct uring *uring = engine->driver_state;
+    int nothing = -1;
+    for (int target = 0; target < IO_TARGETS; target++) {
+        if (volume->fixed_file[target] >= 0)
+            io_uring_register_files_update(&uring->ring, (unsigned)volume->fixed_file[target], &nothing, 1);
+        volume->fixed_file[target] = -1;
+    }
+    if (volume->buffer_base < 0)
+        return;
+    uint32_t pieces = pieces_of(volume);
+    for (uint32_t i = 0; i < pieces; i++) {
+        struct iovec piece = {NULL, 0};
+        __u64 no_tag = 0;
+        io_uring_register_buffers_update_tag(&uring->ring, (unsigned)volume->buffer_base + i, &piece, &no_tag, 1);
+    }
+    volume->buffer_base = -1;
+    engine->stats.registered_buffers -= pieces;
 }
 
 static void prepare(struct io_uring_sqe *sqe, struct io *io)
@@ -263,6 +295,7 @@ const struct io_driver io_uring_driver = {
     .create = uring_create,
     .destroy = uring_destroy,
     .add_volume = uring_add_volume,
+    .remove_volume = uring_remove_volume,
     .submit = uring_submit,
     .flush = uring_flush,
     .reap = uring_reap,

@@ -26,6 +26,19 @@ static uint16_t available_index(const VuVirtq *vq)
     return le16toh(__atomic_load_n(&vq->vring.avail->idx, __ATOMIC_ACQUIRE));
 }
 
+/* The library writes it into the ring and not into the dirty log. */
+static void set_notification(struct connection *connection, VuVirtq *vq, bool enabled)
+{
+    vu_queue_set_notification(&connection->dev, vq, enabled);
+    if (!memory_logs(connection))
+        return;
+    if (!(connection->dev.features & 1ull << VIRTIO_RING_F_EVENT_IDX))
+        memory_log_guest(connection, vq->vring.log_guest_addr + offsetof(struct vring_used, flags), sizeof vq->vring.used->flags);
+    else if (enabled)
+        memory_log_guest(connection, vq->vring.log_guest_addr + offsetof(struct vring_used, ring) + vq->vring.num * sizeof vq->vring.used->ring[0],
+                         sizeof(uint16_t));
+}
+
 bool queue_has_work(struct queue *queue)
 {
     VuVirtq *vq = queue->vq;
@@ -242,7 +255,7 @@ uint32_t queue_pop_all(struct connection *connection, struct queue *queue, uint3
             request_report(request);
     }
     if (popped && vq->notification && connection->dev.features & 1ull << VIRTIO_RING_F_EVENT_IDX)
-        vu_queue_set_notification(&connection->dev, vq, true);
+        set_notification(connection, vq, true);
     return popped;
 }
 
@@ -327,5 +340,5 @@ void queue_set_polled(struct connection *connection, struct queue *queue, bool p
         connection->volume->engine->polled_queues--;
     }
     if (queue->running && queue->vq->vring.avail && !connection->bus_error)
-        vu_queue_set_notification(&connection->dev, queue->vq, !polled);
+        set_notification(connection, queue->vq, !polled);
 }

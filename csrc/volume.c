@@ -45,40 +45,84 @@ static void fill_config_space(struct volume *volume)
     memcpy(volume->config_space, &space, sizeof volume->config_space);
 }
 
+static const char *storage_problem(const vhc_volume_config *config)
+{
+    if (config->slots <= VHC_FIRST_SLOT)
+        return "no slots";
+    if (!config->write_depth)
+        return "a limit is zero";
+    if (__builtin_popcount(config->align_mem_bytes) != 1 || __builtin_popcount(config->align_io_bytes) != 1 ||
+        config->align_io_bytes > (1u << 20) || config->align_mem_bytes > (1u << 20))
+        return "an alignment is not a power of two";
+    if (config->cache_fd >= 0 && (!config->ring_bytes || config->ring_bytes % VHC_BLOCK))
+        return "the log's ring is not a multiple of 4096";
+    if (config->tier_fd >= 0 && (!config->tier_entries || config->tier_entries_offset < VHC_BLOCK || config->tier_entries_offset % 8 ||
+                                 config->tier_slab_offset % VHC_BLOCK || config->tier_slab_offset < config->tier_entries_offset +
+                                 (uint64_t)config->tier_entries * sizeof(struct tier_entry)))
+        return "the parts of the RAM-tier file overlap or lie nowhere";
+    return NULL;
+}
+
 static bool sound(const vhc_volume_config *config, char *error, size_t error_bytes)
 {
     const char *what = NULL;
     if (!config->size_bytes || config->size_bytes % VBLK_SECTOR || config->size_bytes > INT64_MAX)
         what = "the size is not a multiple of 512";
-    else if (config->slots <= VHC_FIRST_SLOT)
-        what = "no slots";
     else if (!config->num_queues || config->num_queues > VHC_MAX_QUEUES)
         what = "the number of queues is not in 1..64";
     else if (!config->object_bytes || config->object_bytes % VHC_BLOCK)
         what = "the object size is not a multiple of 4096";
-    else if (!config->write_depth || config->discard_max_bytes < VHC_BLOCK)
+    else if (config->discard_max_bytes < VHC_BLOCK)
         what = "a limit is zero";
-    else if (__builtin_popcount(config->align_mem_bytes) != 1 || __builtin_popcount(config->align_io_bytes) != 1 ||
-             config->align_io_bytes > (1u << 20) || config->align_mem_bytes > (1u << 20))
-        what = "an alignment is not a power of two";
-    else if (config->cache_fd >= 0 && (!config->ring_bytes || config->ring_bytes % VHC_BLOCK))
-        what = "the log's ring is not a multiple of 4096";
-    else if (config->tier_fd >= 0 && (!config->tier_entries || config->tier_entries_offset < VHC_BLOCK || config->tier_entries_offset % 8 ||
-                                      config->tier_slab_offset % VHC_BLOCK || config->tier_slab_offset < config->tier_entries_offset +
-                                      (uint64_t)config->tier_entries * sizeof(struct tier_entry)))
-        what = "the parts of the RAM-tier file overlap or lie nowhere";
     else if (config->request_max_bytes && config->request_max_bytes < VHC_BLOCK)
         what = "the largest request is smaller than a block";
+    else if (!config->detached)
+        what = storage_problem(config);
     if (what)
         snprintf(error, error_bytes, "%s", what);
     return !what;
 }
 
-static void volume_free(struct volume *volume)
+/* What the configuration space and the checks of requests follow from. */
+static void set_limits(struct volume *volume)
+{
+    const vhc_volume_config *config = &volume->config;
+    volume->limits = (struct vblk_limits){.capacity = config->size_bytes / VBLK_SECTOR,
+                                          .discard_max = config->discard_max_bytes / VBLK_SECTOR,
+                                          .payload_max = VBLK_MAX_PAYLOAD,
+                                          .align_mem = config->align_mem_bytes,
+                                          .align_io = config->align_io_bytes,
+                                          .read_only = config->read_only};
+    if (config->request_max_bytes && config->request_max_bytes < VBLK_MAX_PAYLOAD)
+        volume->limits.payload_max = config->request_max_bytes;
+    fill_config_space(volume);
+}
+
+static void destroy_storage(struct volume *volume)
 {
     slab_destroy(volume);
     tier_destroy(volume);
     log_destroy(volume);
+    volume->descriptor[IO_BACKEND] = volume->descriptor[IO_CACHE] = -1;
+    volume->attached = false;
+}
+
+static bool create_storage(struct volume *volume, char *error, size_t error_bytes)
+{
+    volume->descriptor[IO_BACKEND] = volume->config.backend_fd;
+    volume->descriptor[IO_CACHE] = volume->config.cache_fd;
+    if (!tier_create(volume, error, error_bytes) || !slab_create(volume, error, error_bytes) || !log_create(volume, error, error_bytes)) {
+        destroy_storage(volume);
+        return false;
+    }
+    volume->engine->driver->add_volume(volume->engine, volume);
+    volume->attached = true;
+    return true;
+}
+
+static void volume_free(struct volume *volume)
+{
+    destroy_storage(volume);
     free(volume->groups);
     free(volume);
 }
@@ -102,28 +146,73 @@ int vhc_volume_add(vhc_engine *engine, const vhc_volume_config *config, char *er
     volume->config = *config;
     volume->config.serial[sizeof volume->config.serial - 1] = 0;
     volume->listen_fd = config->listen_fd;
-    volume->slab_fd = volume->buffer_base = -1;
-    volume->descriptor[IO_BACKEND] = config->backend_fd;
-    volume->descriptor[IO_CACHE] = config->cache_fd;
-    volume->fixed_file[IO_BACKEND] = volume->fixed_file[IO_CACHE] = -1;
+    volume->slab_fd = volume->buffer_base = volume->kept_buffer_base = -1;
+    for (int target = 0; target < IO_TARGETS; target++)
+        volume->descriptor[target] = volume->fixed_file[target] = volume->kept_file[target] = -1;
     volume->waiting_last = &volume->waiting_first;
-    volume->limits = (struct vblk_limits){.capacity = config->size_bytes / VBLK_SECTOR,
-                                          .discard_max = config->discard_max_bytes / VBLK_SECTOR,
-                                          .payload_max = VBLK_MAX_PAYLOAD,
-                                          .align_mem = config->align_mem_bytes,
-                                          .align_io = config->align_io_bytes,
-                                          .read_only = config->read_only};
-    if (config->request_max_bytes && config->request_max_bytes < VBLK_MAX_PAYLOAD)
-        volume->limits.payload_max = config->request_max_bytes;
     volume->connection.volume = volume;
-    fill_config_space(volume);
-    if (!tier_create(volume, error, error_bytes) || !slab_create(volume, error, error_bytes) || !log_create(volume, error, error_bytes)) {
+    set_limits(volume);
+    if (!config->detached && !create_storage(volume, error, error_bytes)) {
         volume_free(volume);
         return -1;
     }
-    engine->driver->add_volume(engine, volume);
     engine->volumes[engine->volumes_count++] = volume;
     return (int)volume->number;
+}
+
+int vhc_volume_attach(vhc_engine *engine, uint32_t number, const vhc_volume_config *config, char *error, size_t error_bytes)
+{
+    assert(number < engine->volumes_count);
+    struct volume *volume = engine->volumes[number];
+    assert(!volume->attached && !config->detached);
+    if (!sound(config, error, error_bytes))
+        return -1;
+    vhc_volume_config before = volume->config;
+    volume->config = *config;
+    volume->config.listen_fd = before.listen_fd;
+    volume->config.num_queues = before.num_queues;
+    memcpy(volume->config.serial, before.serial, sizeof before.serial);
+    if (!create_storage(volume, error, error_bytes)) {
+        volume->config = before;
+        return -1;
+    }
+    volume->config.write_cache = volume->config_space[offsetof(struct virtio_blk_config, wce)]; /* as the guest has set it meanwhile */
+    set_limits(volume);
+    return 0;
+}
+
+void vhc_volume_detach(vhc_engine *engine, uint32_t number)
+{
+    assert(number < engine->volumes_count);
+    struct volume *volume = engine->volumes[number];
+    const struct connection *connection = &volume->connection;
+    assert(volume->attached && !volume->writes_in_flight && !volume->waiting_first);
+    assert(connection->state == CONNECTION_NONE || (connection_settled(connection) && !connection->postponed));
+    for (uint32_t i = 0; i < VHC_GROUPS; i++)
+        assert(!volume->groups[i].pending);
+    engine->driver->remove_volume(engine, volume);
+    destroy_storage(volume);
+    volume->config.detached = 1;
+}
+
+void vhc_volume_hold(vhc_engine *engine, uint32_t number, int hold)
+{
+    assert(number < engine->volumes_count);
+    engine->volumes[number]->on_hold = hold != 0;
+}
+
+void vhc_volume_stopped(vhc_engine *engine, uint32_t number)
+{
+    assert(number < engine->volumes_count);
+    engine->volumes[number]->may_stop = engine->volumes[number]->handing_over;
+}
+
+void vhc_volume_disconnect(vhc_engine *engine, uint32_t number)
+{
+    assert(number < engine->volumes_count);
+    struct volume *volume = engine->volumes[number];
+    if (volume->connection.state == CONNECTION_ACTIVE)
+        connection_close(&volume->connection, 0, "the daemon wants it");
 }
 
 /* While a front-end is connected the next one waits in the socket's backlog. */

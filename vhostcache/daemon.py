@@ -51,6 +51,7 @@ EVENT_QUEUE: Final = 6
 EVENT_READABLE: Final = 7
 EVENT_RESUMED: Final = 8
 EVENT_BAD_REQUEST: Final = 9
+EVENT_HAND_OVER: Final = 11
 
 FEATURE_FLUSH: Final = 1 << 9  # VIRTIO_BLK_F_FLUSH
 
@@ -537,6 +538,8 @@ class Daemon:
                 started=bool(argument >> 16 & 1),
                 resubmitted=argument >> 32,
             )
+        elif kind == EVENT_HAND_OVER:
+            self._engine.volume_stopped(index)
         elif kind == EVENT_BAD_REQUEST:
             log.limited(now_ns, "warning", "bad-request", name, count=argument)
 

@@ -130,11 +130,15 @@ class Engine:
         tier_entries: int = 0,
         tier_slab_offset: int = 0,
         request_max_bytes: int = 0,
+        attach_to: int | None = None,
+        detached: bool = False,
     ) -> int:
         """The volume's number: 0, 1, ... The engine takes `listen_fd` over, if it takes the volume.
 
         The other descriptors stay the caller's and open. With `cache_fd` there is a log, with a ring of `ring_bytes`;
         with `tier_fd` the slots lie in the RAM-tier file. The alignments are the larger of backend and cache file.
+        `detached`: it has no storage until it is added once more, with `attach_to` its number; then `listen_fd`,
+        `num_queues` and `serial` do not count, and it has no storage any more after `detach_volume`.
         """
         error = ffi.new("char[]", _ERROR_BYTES)
         config = ffi.new(
@@ -160,8 +164,14 @@ class Engine:
                 "tier_entries": tier_entries,
                 "tier_slab_offset": tier_slab_offset,
                 "request_max_bytes": request_max_bytes,
+                "detached": detached,
             },
         )
+        if attach_to is not None:
+            if lib.vhc_volume_attach(self._engine, self._checked(attach_to), config, error, _ERROR_BYTES) < 0:
+                raise EngineError("engine", ffi.string(error).decode(errors="replace"))
+            self._ring_bytes[attach_to] = ring_bytes
+            return attach_to
         index = int(lib.vhc_volume_add(self._engine, config, error, _ERROR_BYTES))
         if index < 0:
             raise EngineError("engine", ffi.string(error).decode(errors="replace"))
@@ -176,6 +186,22 @@ class Engine:
     def stop_volume(self, index: int) -> None:
         """Accept none any more, answer what has been begun, then disconnect."""
         lib.vhc_volume_stop(self._engine, self._checked(index))
+
+    def detach_volume(self, index: int) -> None:
+        """All its I/O has ended and its requests are settled: its storage may be closed then."""
+        lib.vhc_volume_detach(self._engine, self._checked(index))
+
+    def hold_volume(self, index: int, hold: bool) -> None:
+        """Take no requests meanwhile."""
+        lib.vhc_volume_hold(self._engine, self._checked(index), hold)
+
+    def volume_stopped(self, index: int) -> None:
+        """Let the front-end's last queue stop, as VHC_EV_HAND_OVER asked, though the storage stays."""
+        lib.vhc_volume_stopped(self._engine, self._checked(index))
+
+    def disconnect_volume(self, index: int) -> None:
+        """Cut off its front-end, if there is one; it may come again."""
+        lib.vhc_volume_disconnect(self._engine, self._checked(index))
 
     def log_start(self, index: int, previous_header_crc: int) -> None:
         """The crc of the header that the next record follows, before the first LOG_WRITE; 0: none is known."""

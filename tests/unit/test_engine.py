@@ -1,5 +1,6 @@
 """The C engine behind vhostcache.engine, in this process, with a core of a few lines and a front-end in a thread."""
 
+import functools
 import os
 import socket
 import struct
@@ -32,7 +33,7 @@ from vhostcache.errors import EngineError
 MIB = 1 << 20
 DISK_BYTES = 16 * MIB
 SLOTS = 64
-CONNECTED, DISCONNECTED, QUIESCE, QUEUE, READABLE, RESUMED = 1, 2, 5, 6, 7, 8
+CONNECTED, DISCONNECTED, QUIESCE, QUEUE, READABLE, RESUMED, HAND_OVER = 1, 2, 5, 6, 7, 8, 11
 PATIENCE_S = 20.0
 
 
@@ -363,8 +364,35 @@ def test_while_the_dirty_log_is_on_nothing_may_be_dropped(rig: Rig) -> None:
         rig.until(rig.quiesces)
         assert rig.quiesces() == [0]
         rig.settle(op.COMPLETE)
+        rig.until(lambda: HAND_OVER in [kind for kind, _ in rig.events])
+        rig.engine.volume_stopped(0)
         rig.during(f.receive)
         assert any(os.pread(log, log_bytes, 0)), "the answer has made a page dirty"
+
+
+def test_a_volume_without_storage_answers_messages_and_takes_no_requests(rig: Rig) -> None:
+    log = os.memfd_create("log")
+    log_bytes = (0x1_0000_0000 + 16 * MIB) // 4096 // 8 + 4096
+    os.truncate(log, log_bytes)
+    protocol = (P_MQ, P_REPLY_ACK, P_CONFIG, P_INFLIGHT, P_LOG_SHMFD)
+    with rig.frontend(protocol=protocol) as f:
+        rig.during(lambda: f.write(8192, bytes(4096)))
+        rig.during(lambda: f.ask(SET_LOG_BASE, struct.pack("<QQ", log_bytes, 0), [log]))
+        rig.during(lambda: f.tell(SET_FEATURES, (f.features | 1 << F_LOG_ALL).to_bytes(8, "little")))
+        for _ in range(2):
+            rig.events.clear()
+            f.send(GET_VRING_BASE, struct.pack("<II", 0, 0))
+            rig.until(lambda: (HAND_OVER, 0) in rig.events)
+            rig.engine.detach_volume(0)
+            rig.during(f.receive)
+            assert rig.during(lambda: f.capacity) == DISK_BYTES
+            rig.during(lambda: f.start(0))
+            write = f.start_write(8192, bytes(4096))
+            for _ in range(5):
+                rig.turn(1_000_000)
+            assert not f.queues[0].is_done(write.head)
+            rig.engine.add_volume(**volume(backend_fd=rig.image), attach_to=0)
+            assert rig.during(functools.partial(f.finish, write)).status == 0
     os.close(log)
 
 

@@ -7,10 +7,11 @@ qemu-storage-daemon is started in `folder`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit, urlunsplit
 
@@ -19,14 +20,16 @@ from pydantic_core import PydanticCustomError
 
 from vhostcache.config_values import (
     DURATION_SCHEMA,
+    SIZE_SCHEMA,
+    TIB,
     FilePath,
     Model,
     OnOff,
     Range,
     count_schema,
     no_text,
-    one_of,
     parse_duration,
+    parse_size,
     quantity,
     refuse,
 )
@@ -38,27 +41,74 @@ CONNECTIONS: Final = Range(1, 16, "a number from 1 to 16")
 PAUSE: Final = Range(0, 3600 * 10**9, "a duration from 0 to 1h, such as 2ms")
 COUNT: Final = Range(0, 1 << 30, "a number from 0")
 ATTEMPTS: Final = Range(1, 1000, "a number from 1 to 1000")
-PERCENT: Final = Range(0, 100, "a number from 0 to 100")
+ORDINAL: Final = Range(1, 1 << 30, "a number from 1")
+PLACE: Final = Range(0, 16 * TIB, "a place on the disk, such as 0 or 4MiB")
+BYTE_COUNT: Final = Range(1, 16 * TIB, "a size, such as 64KiB or 100MiB")
 
 Connections = Annotated[int, BeforeValidator(quantity(CONNECTIONS, no_text)), count_schema(CONNECTIONS)]
 PauseNs = Annotated[int, BeforeValidator(quantity(PAUSE, parse_duration)), WithJsonSchema(DURATION_SCHEMA)]
 Count = Annotated[int, BeforeValidator(quantity(COUNT, no_text)), count_schema(COUNT)]
 Attempts = Annotated[int, BeforeValidator(quantity(ATTEMPTS, no_text)), count_schema(ATTEMPTS)]
-Percent = Annotated[int, BeforeValidator(quantity(PERCENT, no_text)), count_schema(PERCENT)]
+Ordinal = Annotated[int, BeforeValidator(quantity(ORDINAL, no_text)), count_schema(ORDINAL)]
+Place = Annotated[int, BeforeValidator(quantity(PLACE, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
+ByteCount = Annotated[int, BeforeValidator(quantity(BYTE_COUNT, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
 
-# Wrappers. What the C side is given is `parameters`: every field by its name, durations in ns.
+# Wrappers. What the C side is given is `parameters`: every field by its name, durations in ns, switches as 0 and 1.
 
-_OPERATIONS: Final = ("any", "read", "write", "flush", "zero")
-_ERRORS: Final = ("EIO", "ENOSPC", "EROFS", "EPERM", "ENODATA", "ETIMEDOUT")
+_KINDS: Final = ("read", "write", "flush", "zero")
+_REPEATABLE: Final = ("read", "write", "zero")
+
+
+def _kinds(*allowed: str) -> Callable[[object], object]:
+    def validate(value: object) -> object:
+        words = value if isinstance(value, list) else [value]
+        if not words or len(set(map(str, words))) != len(words) or any(word not in allowed for word in words):
+            raise refuse(f"{', '.join(allowed)}, or a list of them")
+        return tuple(words)
+
+    return validate
+
+
+def _kinds_schema(*allowed: str) -> WithJsonSchema:
+    one = {"type": "string", "enum": list(allowed)}
+    return WithJsonSchema({"anyOf": [one, {"type": "array", "items": one, "minItems": 1, "uniqueItems": True}]})
+
+
+def _error(value: object) -> object:
+    if not isinstance(value, str) or value not in errno.errorcode.values():
+        raise refuse("the name of an error, such as EIO, ENOSPC or ETIMEDOUT")
+    return value
+
+
+def _chance(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise refuse("a number from 0 to 1, such as 0.01")
+    return float(value)
+
+
+Kinds = Annotated[tuple[str, ...], BeforeValidator(_kinds(*_KINDS)), _kinds_schema(*_KINDS)]
+RepeatableKinds = Annotated[tuple[str, ...], BeforeValidator(_kinds(*_REPEATABLE)), _kinds_schema(*_REPEATABLE)]
+ErrorName = Annotated[str, BeforeValidator(_error), WithJsonSchema({"type": "string", "pattern": "^E[A-Z0-9]+$"})]
+Chance = Annotated[float, BeforeValidator(_chance), WithJsonSchema({"type": "number", "minimum": 0, "maximum": 1})]
 
 
 class Wrapper(Model):
     """Stands between the cache and the backend."""
 
     def parameters(self) -> str:
-        """ "key=value ..." for the engine; a path comes last, and reaches to the end."""
+        """ "key=value ..." for the engine; a space or backslash in a value has a backslash before it."""
         values = {key: value for key, value in self.model_dump().items() if value is not None}
-        return " ".join(f"{key}={value}" for key, value in sorted(values.items(), key=lambda item: item[0] == "file"))
+        return " ".join(f"{key}={_spelled(value)}" for key, value in values.items())
+
+
+def _spelled(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float):
+        return f"{value:.12f}".rstrip("0").rstrip(".")
+    return str(value).replace("\\", "\\\\").replace(" ", "\\ ")
 
 
 class DelayConfig(Wrapper):
@@ -68,21 +118,36 @@ class DelayConfig(Wrapper):
     write: PauseNs = Field(0, description="added to each write")
     flush: PauseNs = Field(0, description="added to each flush")
     zero: PauseNs = Field(0, description="added to each discard and write of zeroes")
+    jitter: PauseNs = Field(0, description="added to all of them, by chance, between nothing and this")
+    seed: Count = Field(0, description="of the chance")
+    rate: ByteCount | None = Field(
+        None, description="bytes a second that go through, reads and writes together; none: any"
+    )
 
 
 class FaultConfig(Wrapper):
-    """Some operations fail, for tests."""
+    """Some operations fail, for tests: those that everything below applies to."""
 
-    operation: Annotated[
-        str, BeforeValidator(one_of(*_OPERATIONS)), WithJsonSchema({"type": "string", "enum": list(_OPERATIONS)})
-    ] = Field("any", description="which operations: any, read, write, flush or zero")
-    error: Annotated[
-        str, BeforeValidator(one_of(*_ERRORS)), WithJsonSchema({"type": "string", "enum": list(_ERRORS)})
-    ] = Field("EIO", description="what they fail with")
-    after: Count = Field(0, description="so many succeed first")
-    count: Count = Field(0, description="so many fail, and then none any more; 0: all")
-    percent: Percent = Field(100, description="the chance of each to fail")
-    seed: Count = Field(0, description="of the chance")
+    kind: Kinds = Field(_KINDS, description="read, write, flush, zero, or a list of them; by default all")
+    errno: ErrorName = Field("EIO", description="what they fail with")
+    nth: Ordinal | None = Field(None, description="only the first, second, ... of those that are meant")
+    probability: Chance | None = Field(None, description="the chance of each to fail, from 0 to 1")
+    seed: Count = Field(0, description="of the chance, and of where a write is torn")
+    offset: Place | None = Field(None, description="only what touches the part of the disk that begins here")
+    size: ByteCount | None = Field(None, description="and is this long; without it, to the end")
+    after: PauseNs = Field(0, description="not before so long after the start")
+    during: PauseNs | None = Field(None, description="for so long; by default for ever")
+    while_exists: FilePath | None = Field(
+        None, description="only while this file is there; relative to the configuration file"
+    )
+    torn: OnOff = Field(False, description="a part of it, between nothing and all but the last piece, is written first")
+    hang: OnOff = Field(False, description="nothing is heard of it until its time is over, or the volume stops")
+
+    @model_validator(mode="after")
+    def _is_one_of_them(self) -> Self:
+        if self.torn and self.hang:
+            raise PydanticCustomError("needless", "found beside torn; allowed: one of the two", {"key": "hang"})
+        return self
 
 
 class TraceConfig(Wrapper):
@@ -92,11 +157,14 @@ class TraceConfig(Wrapper):
 
 
 class RetryConfig(Wrapper):
-    """What fails is tried again before the cache hears of it."""
+    """What fails for a reason that passes is tried again before the cache hears of it. Flushes never are: what was
+    written before one that failed may be lost.
+    """
 
-    attempts: Attempts = Field(5, description="how often in all")
-    delay: PauseNs = Field(100 * 10**6, description="the pause before the second attempt; it doubles each time")
-    max_delay: PauseNs = Field(5 * 10**9, description="the longest pause")
+    kind: RepeatableKinds = Field(_REPEATABLE, description="read, write, zero, or a list of them; by default all three")
+    attempts: Attempts = Field(10, description="how often in all")
+    first: PauseNs = Field(100 * 10**6, description="the pause before the second attempt; it doubles each time")
+    max: PauseNs = Field(5 * 10**9, description="the longest pause")
 
 
 class WrapConfig(Model):
@@ -124,10 +192,12 @@ class WrapConfig(Model):
         return found
 
     def relative_to(self, folder: str) -> Self:
-        if self.trace is None:
-            return self
-        trace = self.trace.model_copy(update={"file": os.path.join(folder, self.trace.file)})
-        return self.model_copy(update={"trace": trace})
+        paths = {
+            key: os.path.join(folder, path)
+            for key in ("file", "while_exists")
+            if (path := getattr(self.wrapper, key, None))
+        }
+        return self.model_copy(update={self.kind: self.wrapper.model_copy(update=paths)})
 
 
 # Backends.

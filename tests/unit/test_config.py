@@ -159,7 +159,13 @@ REFUSED = [
     (FILE, "backend: {path: x, wrap: [{dealy: {}}]}", "volumes[0].backend.wrap[0].dealy: is not a key here", "did you mean 'delay'?"),
     (FILE, "backend: {path: x, wrap: [{delay: {}, retry: {}}]}", "volumes[0].backend.wrap[0]: found a mapping", "one of delay, fault, trace, retry in each"),
     (FILE, "backend: {path: x, wrap: [{delay: {read: soon}}]}", "volumes[0].backend.wrap[0].delay.read: found 'soon'", "from 0 to 1h"),
-    (FILE, "backend: {path: x, wrap: [{fault: {eror: EIO}}]}", "volumes[0].backend.wrap[0].fault.eror: is not a key here", "did you mean 'error'?"),
+    (FILE, "backend: {path: x, wrap: [{fault: {erno: EIO}}]}", "volumes[0].backend.wrap[0].fault.erno: is not a key here", "did you mean 'errno'?"),
+    (FILE, "backend: {path: x, wrap: [{fault: {errno: EWHAT}}]}", "volumes[0].backend.wrap[0].fault.errno: found 'EWHAT'", "the name of an error"),
+    (FILE, "backend: {path: x, wrap: [{fault: {kind: [read, seek]}}]}", "volumes[0].backend.wrap[0].fault.kind: found a list", "read, write, flush, zero, or a list"),
+    (FILE, "backend: {path: x, wrap: [{fault: {probability: 2}}]}", "volumes[0].backend.wrap[0].fault.probability: found '2'", "from 0 to 1"),
+    (FILE, "backend: {path: x, wrap: [{fault: {torn: on, hang: on}}]}", "volumes[0].backend.wrap[0].fault.hang: found beside torn", "one of the two"),
+    (FILE, "backend: {path: x, wrap: [{retry: {kind: flush}}]}", "volumes[0].backend.wrap[0].retry.kind: found 'flush'", "read, write, zero"),
+    (FILE, "backend: {path: x, wrap: [{delay: {rate: 0}}]}", "volumes[0].backend.wrap[0].delay.rate: found '0'", "a size"),
     ("name: vda", "name: 'v d a'", "volumes[0].name: found 'v d a'", "letters, digits"),
     ("name: logs", "name: vda", "disks.yaml:17:5: volumes[1].name: found 'vda', which is that of volumes[0].name too", ""),
     ("socket: /run/logs.sock", "socket: ./vda.sock", "volumes[1].socket: found", "volumes[0].socket too"),
@@ -286,13 +292,18 @@ def test_a_file_and_an_image_in_it_are_not_both_served(tmp_path: Path) -> None:
 
 def test_wrappers_are_given_to_the_engine_as_words(tmp_path: Path) -> None:
     found = backend(
-        tmp_path, "{path: x, wrap: [{delay: {read: 2ms}}, {fault: {error: ENOSPC}}, {trace: {file: a b}}, {retry: {}}]}"
+        tmp_path,
+        """path: x, wrap: [{delay: {read: 2ms, rate: 1MiB}}, {fault: {errno: ENOSPC, probability: 1.0e-3}},
+        {fault: {kind: [read, write], torn: on, while_exists: a b}}, {trace: {file: /back\\slash}}, {retry: {}}]""".join(
+            "{}"
+        ),
     )
     assert [(wrap.kind, wrap.wrapper.parameters()) for wrap in found.wrap] == [
-        ("delay", "read=2000000 write=0 flush=0 zero=0"),
-        ("fault", "operation=any error=ENOSPC after=0 count=0 percent=100 seed=0"),
-        ("trace", f"file={tmp_path}/a b"),
-        ("retry", "attempts=5 delay=100000000 max_delay=5000000000"),
+        ("delay", "read=2000000 write=0 flush=0 zero=0 jitter=0 seed=0 rate=1048576"),
+        ("fault", "kind=read,write,flush,zero errno=ENOSPC probability=0.001 seed=0 after=0 torn=0 hang=0"),
+        ("fault", f"kind=read,write errno=EIO seed=0 after=0 while_exists={tmp_path}/a\\ b torn=1 hang=0"),
+        ("trace", "file=/back\\\\slash"),
+        ("retry", "kind=read,write,zero attempts=10 first=100000000 max=5000000000"),
     ]
 
 

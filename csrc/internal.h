@@ -96,6 +96,7 @@ struct connection {
     bool log_written;
     uint32_t inflight_queue_size;
     int reply_fd; /* to close when the answer has been sent, or -1 */
+    bool resumed;  /* brings an in-flight area that has been used: the front-end may know the disk as smaller than it is */
     bool inflight_ours; /* the in-flight area was handed out to this front-end by us */
     VhostUserMsg message;
     uint32_t message_bytes; /* read so far, header included */
@@ -244,6 +245,8 @@ static inline bool connection_pops(const struct connection *connection)
 }
 
 /* messages.c */
+/* Tell the front-end to read the configuration space again; false: it does not want to know, or cannot be told now. */
+bool connection_config_changed(struct connection *connection);
 enum verdict { VERDICT_PROCESS, VERDICT_LOOK, VERDICT_SETTLE, VERDICT_SETTLE_OR_DROP, VERDICT_HAND_OVER, VERDICT_BROKEN };
 /* What has to happen before this message may be processed: nothing, another look at the rings, the end of all requests, or that the core
  * has let go of the storage besides. A broken one has closed the connection. */

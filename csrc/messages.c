@@ -9,6 +9,8 @@
 #include <fcntl.h>
 #include <linux/virtio_blk.h>
 #include <linux/virtio_config.h>
+#include <poll.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -320,6 +322,22 @@ static void set_write_cache(struct connection *connection, uint8_t value)
     struct volume *volume = connection->volume;
     volume->config_space[WCE_OFFSET] = value != 0;
     engine_event(volume->engine, VHC_EV_WCE, volume->number, value != 0);
+}
+
+bool connection_config_changed(struct connection *connection)
+{
+    VuDev *dev = &connection->dev;
+    uint64_t wanted = BIT(VHOST_USER_PROTOCOL_F_SLAVE_REQ) | BIT(VHOST_USER_PROTOCOL_F_CONFIG);
+    if (connection->state != CONNECTION_ACTIVE || (dev->protocol_features & wanted) != wanted || dev->slave_fd < 0)
+        return false;
+    VhostUserMsg message = {.request = VHOST_USER_SLAVE_CONFIG_CHANGE_MSG, .flags = VERSION};
+    struct pollfd channel = {.fd = dev->slave_fd, .events = POLLOUT};
+    pthread_mutex_lock(&dev->slave_mutex);
+    /* Twelve bytes are taken at once or not at all; nobody is waited for. */
+    bool told = poll(&channel, 1, 0) == 1 && channel.revents & POLLOUT &&
+                write(dev->slave_fd, &message, VHOST_USER_HDR_SIZE) == (ssize_t)VHOST_USER_HDR_SIZE;
+    pthread_mutex_unlock(&dev->slave_mutex);
+    return told;
 }
 
 static void get_config(struct connection *connection, VhostUserMsg *message)

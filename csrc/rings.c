@@ -130,6 +130,7 @@ bool inflight_adopt(struct connection *connection, const VhostUserMsg *message)
         connection->queues[i].vq->inflight = inflight;
     }
     note_area(connection, &status, fresh);
+    connection->resumed = !fresh;
     for (uint32_t i = 0; i < dev->max_queues; i++)
         if (connection->queues[i].running && !queue_start(connection, &connection->queues[i]))
             return false;
@@ -215,6 +216,9 @@ bool queue_start(struct connection *connection, struct queue *queue)
     vq->notification = true;
     queue_set_polled(connection, queue, true); /* so that the next look finds what is waiting */
     engine_event(volume->engine, VHC_EV_QUEUE, volume->number, queue->index | 1u << 16 | (uint64_t)vq->resubmit_num << 32);
+    if (connection->resumed)
+        connection_config_changed(connection);
+    connection->resumed = false;
     return true;
 }
 

@@ -1,4 +1,5 @@
 /* Volumes: what one guest sees as a disk. Listening, accepting one front-end at a time, the configuration space, figures. */
+#include <endian.h>
 #include <errno.h>
 #include <linux/virtio_blk.h>
 #include <stdio.h>
@@ -257,6 +258,18 @@ void vhc_volume_stop(vhc_engine *engine, uint32_t number)
         close(volume->listen_fd);
     volume->listen_fd = -1;
     connection_retire(&volume->connection);
+}
+
+int vhc_volume_grow(vhc_engine *engine, uint32_t number, uint64_t size_bytes)
+{
+    assert(number < engine->volumes_count);
+    struct volume *volume = engine->volumes[number];
+    assert(size_bytes >= volume->config.size_bytes && size_bytes % VBLK_SECTOR == 0);
+    volume->config.size_bytes = size_bytes;
+    volume->limits.capacity = size_bytes / VBLK_SECTOR;
+    uint64_t capacity = htole64(volume->limits.capacity);
+    memcpy(volume->config_space + offsetof(struct virtio_blk_config, capacity), &capacity, sizeof capacity);
+    return connection_config_changed(&volume->connection);
 }
 
 void vhc_set_write_cache(vhc_engine *engine, uint32_t number, int enabled)

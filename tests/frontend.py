@@ -460,6 +460,14 @@ class Frontend:
         poll.register(self.sock, select.POLLRDHUP)
         return bool(poll.poll(0))
 
+    def watch_config(self) -> socket.socket:
+        """Where the daemon says that the configuration space has changed; P_SLAVE_REQ must have been taken."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self.tell(SET_SLAVE_REQ_FD, b"", [theirs.fileno()])
+        ours.settimeout(TIMEOUT_S)
+        return ours
+
     # -- set-up --
 
     def negotiate(self) -> None:

@@ -36,7 +36,20 @@ class _Commands(click.Group):
     """The list of commands; those of other modules are imported when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        order = ["create", "export", "serve", "status", "info", "check", "drain", "dump", "bench", "schema", "version"]
+        order = [
+            "create",
+            "export",
+            "serve",
+            "status",
+            "resize",
+            "info",
+            "check",
+            "drain",
+            "dump",
+            "bench",
+            "schema",
+            "version",
+        ]
         return [name for name in order if name in self.commands or name in _ELSEWHERE]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -387,20 +400,48 @@ def status(sockets: tuple[str, ...], as_json: bool) -> None:
       vhostcache status /run/vda.sock.control
       vhostcache status --json /run/vhostcache/control.sock | jq .volumes[].dirty_bytes
     """
-    import os
+    from vhostcache.control import control_path, query
 
-    from vhostcache.control import query
-
-    answers = []
-    for path in sockets:
-        # The disk's own socket is what people have at hand.
-        control = f"{path}.control" if not path.endswith(".control") and os.path.exists(f"{path}.control") else path
-        answers.append(query(control, "status"))
+    answers = [query(control_path(path), "status") for path in sockets]
     if as_json:
         for answer in answers:
             click.echo(json.dumps(answer))
     else:
         _print_status(answers)
+
+
+@cli.command(short_help="Make a disk larger while it is in use.")
+@click.argument("name")
+@click.argument("size", type=_Quantity("IMAGE"))
+@click.option(
+    "--control",
+    type=click.Path(),
+    metavar="PATH",
+    help="Control socket of the daemon that serves the disk.  [default: NAME is one, or the disk's own socket]",
+)
+def resize(name: str, size: str, control: str | None) -> None:
+    """Give the disk NAME that SIZE: its image is extended, and a running guest is told. Disks are never made smaller.
+
+    A block device has to be grown first, by whatever means it has; SIZE is what it has then.
+
+    \b
+      vhostcache resize --control /run/vhostcache/control.sock vda 20GiB
+      vhostcache resize /run/vda.sock 20GiB
+    """
+    from vhostcache.config import parse_size
+    from vhostcache.control import control_path, query, resize_and_wait
+    from vhostcache.errors import UsageError
+
+    if control is None:
+        control = control_path(name)
+        names = [volume["name"] for volume in query(control, "status")["volumes"]]
+        if len(names) != 1:
+            raise UsageError(f"control socket '{control}'", "serves several disks", "--control, and a disk's name")
+        (name,) = names
+    else:
+        control = control_path(control)
+    size_bytes = resize_and_wait(control, name, parse_size(size))
+    click.echo(f"{name}: {_size(size_bytes)} ({size_bytes} bytes)")
 
 
 @cli.command(short_help="Print the JSON schema of the YAML file.")

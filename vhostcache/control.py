@@ -1,4 +1,4 @@
-"""The loop's side of the control socket, and the client that `vhostcache status` is.
+"""The loop's side of the control socket, and the client that `vhostcache status` and its like are.
 
 The server is a process of its own (control_server.py): a second Python thread here would cost the loop most of its
 speed. It asks by one datagram at a time over a socket pair that the engine watches. A server that dies is started
@@ -14,23 +14,35 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from vhostcache.errors import ControlError, why
 from vhostcache.sockets import Listener
 
 _SERVER: Final = Path(__file__).with_name("control_server.py")
-_QUESTION_BYTES: Final = 256
+_QUESTION_BYTES: Final = 1 << 16
 _ANSWER_BYTES: Final = 1 << 18
 _FIRST_DELAY_NS: Final = 100_000_000
 _LAST_DELAY_NS: Final = 10_000_000_000
 _HEALTHY_NS: Final = 60_000_000_000  # a server that has lived this long starts the delays anew
 _SILENT: Final[Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)  # stderr is for events alone
 _CLIENT_TIMEOUT_S: Final = 15.0
+_RESIZE_POLL_S: Final = 0.2
 
 NEVER: Final = 1 << 62
+
+
+class Question(NamedTuple):
+    """What a client wants of the daemon; its arguments are of the types that the server knows (control_server.py)."""
+
+    command: str
+    arguments: dict[str, Any]
+
+
+NO_QUESTION: Final = Question("", {})
 
 
 class ControlChannel:
@@ -74,29 +86,37 @@ class ControlChannel:
         self.restart_at_ns = NEVER
         self._watch(ours.fileno())
 
-    def readable(self, now_ns: int) -> str | None:
-        """The command that the server asks for, to be answered by `reply`; "" if there is none after all.
+    def readable(self, now_ns: int) -> Question | None:
+        """What the server asks for, to be answered by `reply` or `refuse`; NO_QUESTION if it is nothing after all.
 
         None: the server has died, and is to be started again at `restart_at_ns`.
         """
         if self._socket is None:
-            return ""
+            return NO_QUESTION
         try:
             question = self._socket.recv(_QUESTION_BYTES)
         except BlockingIOError:
-            return ""
+            return NO_QUESTION
         except OSError:
             question = b""
         if not question:
             self._lost(now_ns)
             return None
-        return question.decode("ascii", "replace")
+        asked = json.loads(question)
+        return Question(asked["execute"], asked["arguments"])
 
     def reply(self, value: Any) -> None:
         """Answer the last question. If the server has died meanwhile, or does not read, nobody gets the answer."""
+        self._send({"return": value})
+
+    def refuse(self, reason: str) -> None:
+        """The same, with a reason why not."""
+        self._send({"error": reason})
+
+    def _send(self, message: dict[str, Any]) -> None:
         if self._socket is None:
             return
-        answer = json.dumps({"return": value}).encode()
+        answer = json.dumps(message).encode()
         if len(answer) > _ANSWER_BYTES:
             answer = json.dumps({"error": "the answer is too large"}).encode()
         with contextlib.suppress(OSError):
@@ -136,7 +156,12 @@ class ControlChannel:
             self._process = None
 
 
-def query(path: str, command: str) -> Any:
+def control_path(path: str) -> str:
+    """The control socket, when a disk's own is named: that is what people have at hand."""
+    return f"{path}.control" if not path.endswith(".control") and os.path.exists(f"{path}.control") else path
+
+
+def query(path: str, command: str, arguments: dict[str, Any] | None = None) -> Any:
     """Ask the daemon behind a control socket. ControlError: one line."""
     subject = f"control socket '{path}'"
     hint = "is the daemon running, and was it started with this control socket?"
@@ -148,7 +173,8 @@ def query(path: str, command: str) -> Any:
                 greeting = json.loads(stream.readline(1 << 16))
                 if "vhostcache" not in greeting:
                     raise ValueError
-                stream.write(json.dumps({"execute": command}).encode() + b"\n")
+                message = {"execute": command} | ({"arguments": arguments} if arguments else {})
+                stream.write(json.dumps(message).encode() + b"\n")
                 stream.flush()
                 answer = json.loads(stream.readline(2 * _ANSWER_BYTES))
         except TimeoutError as error:
@@ -162,3 +188,17 @@ def query(path: str, command: str) -> Any:
     if "return" not in answer:
         raise ControlError(subject, str(answer.get("error", {}).get("desc", "an answer without a value")))
     return answer["return"]
+
+
+def resize_and_wait(path: str, name: str, size_bytes: int) -> int:
+    """Give a disk another size and wait for the end of it, which may be long: with a log it is a checkpoint, and the
+    storage may be slow. Returns the size that the disk has. ControlError: one line."""
+    query(path, "resize", {"name": name, "size_bytes": size_bytes})
+    while True:
+        volumes = {volume["name"]: volume for volume in query(path, "status")["volumes"]}
+        state = volumes[name]["resize"]
+        if state is None:
+            return int(volumes[name]["size_bytes"])
+        if not state["running"]:
+            raise ControlError("", state["error"])
+        time.sleep(_RESIZE_POLL_S)

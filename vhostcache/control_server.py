@@ -4,11 +4,12 @@ Run by the daemon as `python -I -S control_server.py LISTEN_FD LOOP_FD VERSION`,
 only: it starts in a few milliseconds and stays small.
 
 It speaks JSON lines like QEMU's QMP to any number of clients (docs/control-protocol.md), and asks the loop by one
-datagram at a time. Answers are kept for a moment, so that a flood of clients costs the loop at most ten small answers
-a second. Every client has limits: the length of a line, what it leaves unread, how long it may be silent when others
-wait. It ends when the loop does.
+datagram at a time, a command and its arguments. Answers to questions are kept for a moment, so that a flood of clients
+costs the loop at most ten small answers a second; what changes something is passed on each time, one after the other.
+Every client has limits: the length of a line, what it leaves unread, how long it may be silent when others wait. It
+ends when the loop does.
 
-Never trusts a client; never gives one a way to stop or change anything.
+Never trusts a client: names and types of arguments are checked here, what they mean by the loop.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ ANSWER_BYTES = 1 << 18
 ANSWER_KEPT_S = 0.1
 LOOP_TIMEOUT_S = 5.0
 
-LOOP_COMMANDS = ("status",)
-COMMANDS = (*LOOP_COMMANDS, "query-commands")
+QUESTIONS = ("status",)  # without arguments: everybody within a moment may have the same answer
+CHANGES = {"resize": {"name": str, "size_bytes": int}}  # with arguments, all of which must be there
+COMMANDS = (*QUESTIONS, *CHANGES, "query-commands")
+
+
+_TYPE_NAMES = {str: "a string", int: "a whole number"}
 
 
 class Client:
@@ -53,8 +58,10 @@ class Server:
         self.loop = loop
         self.version = version
         self.clients: dict[int, Client] = {}
-        self.waiting: dict[str, list[Client]] = {command: [] for command in LOOP_COMMANDS}
+        self.waiting: dict[str, list[Client]] = {command: [] for command in QUESTIONS}
+        self.changes: list[tuple[Client, str, dict[str, object]]] = []  # in order; one of each client at most
         self.asked = ""  # the command that the loop is answering
+        self.asked_for: Client | None = None  # whose change that is
         self.asked_s = 0.0
         self.kept: dict[str, tuple[float, object]] = {}
         self.poll = select.poll()
@@ -138,6 +145,8 @@ class Server:
             self.fail(client, "GenericError", "expected the keys 'execute' and 'id' alone")
         elif command not in COMMANDS:
             self.fail(client, "CommandNotFound", f"the commands are {', '.join(COMMANDS)}")
+        elif command in CHANGES:
+            self.change(client, command, arguments)
         elif arguments != {}:
             self.fail(client, "GenericError", f"'{command}' takes no arguments")
         elif command == "query-commands":
@@ -155,17 +164,34 @@ class Server:
         self.waiting[command].append(client)
         self.ask_loop()
 
+    def change(self, client: Client, command: str, arguments: object) -> None:
+        wanted = CHANGES[command]
+        given = arguments if isinstance(arguments, dict) else {}
+        # An exact type: true is an int too.
+        if given.keys() != wanted.keys() or any(type(given[name]) is not kind for name, kind in wanted.items()):
+            names = ", ".join(f"'{name}' ({_TYPE_NAMES[kind]})" for name, kind in wanted.items())
+            self.fail(client, "GenericError", f"'{command}' takes the arguments {names}")
+            return
+        client.waiting = True
+        self.changes.append((client, command, given))
+        self.ask_loop()
+
     def ask_loop(self) -> None:
         if self.asked:
             return
-        for command, clients in self.waiting.items():
-            if clients:
-                try:
-                    self.loop.send(command.encode())
-                except OSError:
-                    return  # the end of the loop is seen when it is read
-                self.asked, self.asked_s = command, time.monotonic()
-                return
+        client: Client | None = None
+        arguments: dict[str, object] = {}
+        if self.changes:
+            client, command, arguments = self.changes.pop(0)
+        else:
+            command = next((command for command, clients in self.waiting.items() if clients), "")
+        if not command:
+            return
+        try:
+            self.loop.send(json.dumps({"execute": command, "arguments": arguments}).encode())
+        except OSError:
+            return  # the end of the loop is seen when it is read
+        self.asked, self.asked_s, self.asked_for = command, time.monotonic(), client
 
     def answer_from_loop(self) -> bool:
         """False: the loop is gone."""
@@ -178,10 +204,12 @@ class Server:
         if not data:
             return False
         command, self.asked = self.asked, ""
-        clients, self.waiting[command] = self.waiting[command], []
         answer = json.loads(data)
-        if "error" not in answer:
+        clients = self.take_waiting(command)
+        if command in self.waiting and "error" not in answer:
             self.kept[command] = (time.monotonic(), answer["return"])
+        elif command in CHANGES:
+            self.kept.clear()
         for client in clients:
             if self.clients.get(client.connection.fileno()) is client:
                 client.waiting = False
@@ -192,6 +220,14 @@ class Server:
                 self.serve(client)
         self.ask_loop()
         return True
+
+    def take_waiting(self, command: str) -> list[Client]:
+        """Those for whom the loop was asked this."""
+        if command in self.waiting:
+            clients, self.waiting[command] = self.waiting[command], []
+            return clients
+        client, self.asked_for = self.asked_for, None
+        return [client] if client is not None else []
 
     def reply(self, client: Client, kind: str, value: object) -> None:
         message: dict[str, object] = {kind: value}
@@ -234,11 +270,10 @@ class Server:
         if self.asked and now - self.asked_s > LOOP_TIMEOUT_S:
             # The loop may be waiting for a disk; its clients should not wait with it. The late answer is taken when it
             # comes.
-            for client in self.waiting[self.asked]:
+            for client in self.take_waiting(self.asked):
                 if self.clients.get(client.connection.fileno()) is client:
                     client.waiting = False
                     self.fail(client, "GenericError", "the daemon does not answer")
-            self.waiting[self.asked] = []
 
     def drop(self, client: Client) -> None:
         if self.clients.pop(client.connection.fileno(), None) is not None:

@@ -30,15 +30,17 @@ from vhostcache.backend.base import Backend
 from vhostcache.backend.file import FileBackend
 from vhostcache.config import Config, VolumeConfig
 from vhostcache.config_backend import FileBackendConfig
-from vhostcache.control import ControlChannel
+from vhostcache.control import ControlChannel, Question
 from vhostcache.engine import Engine
-from vhostcache.errors import EXIT_OK, EXIT_RUNTIME, ControlError, UsageError, why_number
+from vhostcache.errors import EXIT_OK, EXIT_RUNTIME, ControlError, ResizeError, UsageError, why_number
 from vhostcache.events import EventLog
 from vhostcache.guest_requests import VolumeSettings
 from vhostcache.log.format import REQUEST_BLOCKS
 from vhostcache.log.superblock import WRITE_CACHE_OFF, WRITE_CACHE_UNKNOWN
 from vhostcache.log_volume import LogVolume, LogVolumeSettings
 from vhostcache.map import slots_for_ram
+from vhostcache.resize import Growth
+from vhostcache.resize import refuse as refuse_size
 from vhostcache.sockets import Listener
 from vhostcache.volume import NEVER, Volume
 
@@ -61,6 +63,7 @@ STATUS_SLICE: Final = 16  # volumes described in one turn
 DONE: Final = -1
 _JOBS: Final = 4
 _ENDED: Final = object()
+_WAKE_UP: Final = 0  # in place of a signal's number: another thread has something for the loop
 _WATCH_SIGNALS: Final = 0  # the control server's numbers count up from 1, one for each start
 
 _LEVELS: Final = {
@@ -95,6 +98,9 @@ class Served:
     write_cache_unknown: bool = False
     told: bool | None = None
     closing: bool = False
+    growth: Growth | None = None
+    growing: bool = False  # the backend has grown, and the superblocks are to say so
+    resize_error: str = ""  # of the last one
 
     @property
     def name(self) -> str:
@@ -132,6 +138,7 @@ class Daemon:
         self._control: ControlChannel | None = None
         self._control_number = _WATCH_SIGNALS
         self._signals: socket.socket | None = None
+        self._waker: socket.socket | None = None
         self._shutting_down = False
         self._progress_at_ns = NEVER
         self._rare = False  # something below the hot path wants a word in the next turn
@@ -158,6 +165,7 @@ class Daemon:
             for volume, backend, listener, claim in zip(self._config.volumes, backends, listeners, claims, strict=True):
                 self._served.append(self._add(volume, backend, listener, claim))
             self._catch_signals(stack)
+            stack.callback(self._join_growths)
             if control is not None:
                 control.listen()
                 self._control = ControlChannel(control, self._version, self._watch_control)
@@ -313,7 +321,7 @@ class Daemon:
             # Who asks for the end while it is coming must not turn it into a death by signal.
             stack.callback(signal.signal, number, signal.SIG_IGN)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        self._signals = receiver
+        self._signals, self._waker = receiver, sender
         self._engine.watch(receiver.fileno(), _WATCH_SIGNALS)
 
     def _watch_control(self, descriptor: int) -> None:
@@ -450,6 +458,9 @@ class Daemon:
                 self._log.error("control-server-failed", error=str(error))
         if control is not None:
             wake_ns = min(wake_ns, control.restart_at_ns)
+        for index, served in enumerate(self._served):
+            if served.growth is not None and served.growth.ended:
+                self._backend_has_grown(index, served, served.growth)
         draining = [served for served in self._served if served.state is State.DRAINING]
         if draining:
             if self._operations:
@@ -467,6 +478,8 @@ class Daemon:
     def _has_ended(self, index: int, served: Served) -> bool:
         """Drained, and the log, if there is one, closed."""
         volume = served.volume
+        if served.growth is not None or served.growing:
+            return False
         if served.drains and not served.closing:
             if not volume.drained:
                 return False
@@ -581,7 +594,9 @@ class Daemon:
         except BlockingIOError:
             return
         for number in numbers:
-            if number == signal.SIGUSR1:
+            if number == _WAKE_UP:
+                self._rare = True
+            elif number == signal.SIGUSR1:
                 self._start_job(self._report_slowly())
             elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 name = signal.Signals(number).name
@@ -598,8 +613,68 @@ class Daemon:
         if question is None:
             self._log.warning("control-server-died", restarts=self._control.restarts)
             self._rare = True
-        elif question == "status":
+        elif question.command == "status":
             self._start_job(self._answer_status())
+        elif question.command == "resize":
+            self._answer_resize(question)
+
+    # Resizing.
+
+    def _answer_resize(self, question: Question) -> None:
+        assert self._control is not None
+        name, size_bytes = question.arguments["name"], question.arguments["size_bytes"]
+        try:
+            self._control.reply(self._begin_resize(name, size_bytes))
+        except ResizeError as error:
+            self._control.refuse(str(error))
+
+    def _begin_resize(self, name: str, size_bytes: int) -> dict[str, Any]:
+        """The answer, which comes before the end: that is in the status."""
+        served = next((served for served in self._served if served.name == name), None)
+        if served is None:
+            names = ", ".join(f"'{served.name}'" for served in self._served[:8])
+            raise ResizeError(f"volume '{name}'", "is not served here", names)
+        subject = f"volume '{name}'"
+        if served.state is not State.SERVING:
+            raise ResizeError(subject, f"is {served.state.value}")
+        if served.growth is not None or served.growing:
+            raise ResizeError(subject, "is being resized already")
+        refuse_size(subject, served.backend, served.volume.size_bytes, size_bytes)
+        served.resize_error = ""
+        if size_bytes > served.volume.size_bytes:
+            served.growth = Growth(served.backend, size_bytes, self._wake)
+        return {"name": name, "size_bytes": served.volume.size_bytes, "wanted_bytes": size_bytes}
+
+    def _wake(self) -> None:
+        """From another thread."""
+        assert self._waker is not None
+        with contextlib.suppress(OSError):
+            self._waker.send(bytes([_WAKE_UP]))
+
+    def _backend_has_grown(self, index: int, served: Served, growth: Growth) -> None:
+        """Or not. The superblocks are next, if there are any, and the guest is last."""
+        served.growth = None
+        if growth.error:
+            served.resize_error = growth.error
+            self._log.error("resize-failed", volume=served.name, error=growth.error)
+            return
+        was_bytes = served.volume.size_bytes
+
+        def grown() -> None:
+            served.growing = False
+            told = self._engine.grow_volume(index, growth.size_bytes)
+            fields = {"size_bytes": growth.size_bytes, "was_bytes": was_bytes, "guest_told": told}
+            self._log.info("resized", volume=served.name, **fields)
+            self._rare = True
+
+        served.growing = True
+        served.volume.grow(growth.size_bytes, grown)
+        self._deadlines[index] = 0
+
+    def _join_growths(self) -> None:
+        for served in self._served:
+            if served.growth is not None:
+                served.growth.join()
 
     # Stopping.
 
@@ -706,7 +781,8 @@ class Daemon:
             "backend": config.backend.label,
             "mode": config.cache_mode.name,
             "read_only": config.read_only,
-            "size_bytes": served.backend.facts.size_bytes,
+            "size_bytes": served.volume.size_bytes,
+            "resize": _resize_state(served),
             "ram_bytes": config.ram,
             "dirty_bytes": core["dirty_blocks"] * 4096,
             "cached_bytes": core["cached_blocks"] * 4096,
@@ -723,6 +799,11 @@ def _cache_fields(served: Served) -> dict[str, Any]:
     if claim is None or claim.file is None:
         return {}
     return {"cache": claim.path, "cache_bytes": claim.file.size_bytes, "write_cache": served.write_cache}
+
+
+def _resize_state(served: Served) -> dict[str, Any] | None:
+    running = served.growth is not None or served.growing
+    return {"running": running, "error": served.resize_error} if running or served.resize_error else None
 
 
 def qemu_arguments(config: VolumeConfig) -> str:

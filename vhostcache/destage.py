@@ -30,8 +30,6 @@ FLUSH: Final = -1
 class DestageSettings:
     """When and how much to destage."""
 
-    size_bytes: int
-    """Of the volume: the last block may be a part of one."""
     destage_after_ns: int
     """Dirty data older than this is destaged without a flush."""
     threshold_blocks: int
@@ -117,13 +115,18 @@ class Destager:
         "retry_at_ns",
         "rezeroing",
         "room_wanted",
+        "size_bytes",
     )
 
-    def __init__(self, block_map: Map, cache: ReadCache, io: BackendIo, settings: DestageSettings) -> None:
+    def __init__(
+        self, block_map: Map, cache: ReadCache, io: BackendIo, settings: DestageSettings, size_bytes: int
+    ) -> None:
         self._map = block_map
         self._cache = cache
         self._io = io
         self._settings = settings
+        self.size_bytes = size_bytes
+        """Of the disk: the last block may be a part of one."""
         self.in_flight: dict[int, Destage] = {}
         self.blocks_in_flight = 0
         self._serial = 0
@@ -308,7 +311,7 @@ class Destager:
 
     def _write_runs(self, group: int, blocks: list[int], slots: list[int]) -> None:
         """One write for each run of neighbouring blocks; the volume's last block may be a part of one."""
-        size_bytes = self._settings.size_bytes
+        size_bytes = self.size_bytes
         write = self._io.write
         count = len(blocks)
         start = 0

@@ -214,6 +214,10 @@ class Engine:
             raise EngineError("engine", f"volume {index} has no log")
         return memoryview(ffi.buffer(crcs, self._ring_bytes[index] // BLOCK_BYTES * 4)).cast("I")
 
+    def grow_volume(self, index: int, size_bytes: int) -> bool:
+        """The disk has grown, on the backend first. False: the front-end could not be told, or there is none."""
+        return bool(lib.vhc_volume_grow(self._engine, self._checked(index), size_bytes))
+
     def set_write_cache(self, index: int, enabled: bool) -> None:
         """What the configuration space says of the write cache."""
         lib.vhc_set_write_cache(self._engine, self._checked(index), enabled)

@@ -8,6 +8,7 @@
         │   └── CacheCorruptError  what is in it is not what was written there
         ├── SocketError        a socket path: taken, too long, not permitted
         ├── EngineError        the C engine could not start or take a volume
+        ├── ResizeError        a disk cannot be given that size
         └── ControlError       a running daemon could not be asked
 
 A message never holds a line break or a control character, whatever name a file has.
@@ -95,6 +96,10 @@ class SocketError(OperationError):
 
 class EngineError(OperationError):
     """The C engine could not start, or could not take a volume."""
+
+
+class ResizeError(OperationError):
+    """A disk cannot be given the size that is asked for."""
 
 
 class ControlError(OperationError):

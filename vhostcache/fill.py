@@ -65,11 +65,11 @@ class Fills:
         "_map",
         "_part_done",
         "_retry",
-        "_size_bytes",
         "by_block",
         "counters",
         "log_done",
         "running",
+        "size_bytes",
     )
 
     def __init__(
@@ -84,7 +84,8 @@ class Fills:
         self._map = block_map
         self._cache = cache
         self._io = io
-        self._size_bytes = size_bytes
+        self.size_bytes = size_bytes
+        """Of the disk."""
         self._part_done = part_done
         self._retry = retry
         self.by_block: dict[int, Fill] = {}
@@ -96,7 +97,10 @@ class Fills:
         """Read blocks from `first` on, absent from the map and from `by_block`, into slots just taken."""
         fill = self._begin(first, slots)
         offset = first * op.BLOCK_BYTES
-        size = min(len(slots) * op.BLOCK_BYTES, self._size_bytes - offset)
+        size = min(len(slots) * op.BLOCK_BYTES, self.size_bytes - offset)
+        if size % op.BLOCK_BYTES:
+            # A disk may grow: what is behind its end reads as zeroes then, and not as what the slot held before.
+            self._io.zero_slot(slots[-1], size % op.BLOCK_BYTES, -size % op.BLOCK_BYTES)
         self._io.read(self._io.begin(fill), offset, size, slots)
         return fill
 

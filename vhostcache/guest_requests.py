@@ -37,6 +37,7 @@ class VolumeSettings:
     index: int
     """The engine's number for it."""
     size_bytes: int
+    """At the start: it may grow."""
     object_bytes: int
     slots: int
     """Slots of the slab, the special ones included; `map.slots_for_ram` says how many a RAM limit pays for."""
@@ -59,6 +60,8 @@ class GuestRequests:
 
     def __init__(self, settings: VolumeSettings, operations: list[int], block_map: Map, groups: int) -> None:
         self._operations = operations
+        self.size_bytes = settings.size_bytes
+        """Of the disk."""
         self._size_sectors = settings.size_bytes // op.SECTOR_BYTES
         self._whole_blocks = settings.size_bytes // op.BLOCK_BYTES
         self._map = block_map
@@ -133,6 +136,14 @@ class GuestRequests:
         assert not self._parked
         assert not self._direct
 
+    def _resize(self, size_bytes: int) -> None:
+        """The disk is that large from now on, and was smaller. Requests that wait lie within what it was."""
+        assert size_bytes >= self.size_bytes
+        self.size_bytes = size_bytes
+        self._size_sectors = size_bytes // op.SECTOR_BYTES
+        self._whole_blocks = size_bytes // op.BLOCK_BYTES
+        self._fills.size_bytes = size_bytes
+
     def quiesce(self, may_drop: bool) -> None:
         """Every request has to be answered soon; those that may wait long are dropped if they may be, now and as they
         come to wait, until there are new requests: the engine takes none before all are settled."""
@@ -205,6 +216,12 @@ class GuestRequests:
         """Whether a piece is a part of a block; the volume's last block ends where the volume ends."""
         last_sector = sector + sectors
         return bool(sector % op.BLOCK_SECTORS or (last_sector % op.BLOCK_SECTORS and last_sector != self._size_sectors))
+
+    def _clear_behind_end(self, slot: int) -> None:
+        """The slot is to have the disk's last block, which is a part of one. Should the disk grow, what comes behind
+        reads as zeroes."""
+        end = self._size_sectors % op.BLOCK_SECTORS * op.SECTOR_BYTES
+        self._io.zero_slot(slot, end, op.BLOCK_BYTES - end)
 
     def _is_stream(self, sector: int, sectors: int) -> bool:
         streams = self._streams

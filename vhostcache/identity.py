@@ -117,7 +117,7 @@ def backend_facts(image: Image, superblock: Superblock | None) -> BackendFacts:
     """For recovery, which compares them: an image with the cache's mark belongs to it wherever it has moved."""
     marked = superblock is not None and image.mark is not None and image.mark.uuid == superblock.uuid
     known = superblock.backend_identity if marked and superblock is not None else image.stamp.identity
-    return BackendFacts(known, image.size_bytes, image.stamp.mtime_ns)
+    return BackendFacts(known, image.size_bytes, image.stamp.mtime_ns, marked)
 
 
 def _change(image: Image, superblock: Superblock) -> str:

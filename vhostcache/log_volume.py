@@ -103,12 +103,12 @@ class LogVolume(GuestRequests):
             self._index,
             self._writer,
             LogDestageSettings(
-                size_bytes=settings.size_bytes,
                 destage_after_ns=settings.destage_after_ns,
                 threshold_blocks=ring_blocks * settings.destage_threshold_percent // 100,
                 staging_blocks=max(object_blocks, usable // 8),
                 enabled=settings.destage,
             ),
+            settings.size_bytes,
             self.notices,
         )
         self._checkpointer = Checkpointer(
@@ -298,6 +298,18 @@ class LogVolume(GuestRequests):
         self._closing = True
         self._checkpointer.backend_mtime_ns = backend_mtime_ns
         self._destager.stopped = not self._draining
+
+    def grow(self, size_bytes: int, when_done: Callable[[], None]) -> None:
+        """The backend is that large now, and stays so whatever happens. `when_done` is called when the superblocks say
+        it too, and the disk is."""
+
+        def grown() -> None:
+            self._resize(size_bytes)
+            self._destager.size_bytes = size_bytes
+            when_done()
+
+        self._checkpointer.backend_size_bytes = size_bytes
+        self._checkpointer.request(grown)
 
     def set_write_cache(self, enabled: bool) -> None:
         """See GuestRequests. The state outlives the process: no front-end sends it again."""
@@ -508,6 +520,8 @@ class LogVolume(GuestRequests):
             self._copy_base(block, slots[block - first])
         if self._favourite == tag:
             self._let_go()
+        if end_sector & 7 and end - 1 not in partial:
+            self._clear_behind_end(slots[-1])
         entries: list[int] = []
         for block, slot in enumerate(slots, first):
             self._place(block, slot)

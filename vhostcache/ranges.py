@@ -42,7 +42,7 @@ class Range:
 class Ranges:
     """All ranges of a volume. `done(range, result)` is told when a guest's has ended."""
 
-    __slots__ = ("_destager", "_done", "_fills", "_io", "_map", "_size_bytes", "active")
+    __slots__ = ("_destager", "_done", "_fills", "_io", "_map", "active", "size_bytes")
 
     def __init__(
         self,
@@ -57,7 +57,8 @@ class Ranges:
         self._fills = fills
         self._destager = destager
         self._io = io
-        self._size_bytes = size_bytes
+        self.size_bytes = size_bytes
+        """Of the disk."""
         self._done = done
         self.active: list[Range] = []
 
@@ -88,12 +89,12 @@ class Ranges:
                 active.issued = True
                 active.flush_failures = self._destager.flush_failures
                 offset = active.first * op.BLOCK_BYTES
-                size = min(active.end * op.BLOCK_BYTES, self._size_bytes) - offset
                 group = self._io.begin(active)
                 if active.request is None:
+                    size = min(active.end * op.BLOCK_BYTES, self.size_bytes) - offset
                     self._io.zero(group, offset, size, active.may_unmap)
                 else:
-                    self._io.write_direct(group, active.tag, offset, size)
+                    self._io.write_direct(group, active.tag, offset, active.request[3] * op.SECTOR_BYTES)
 
     def ended(self, active: Range, result: int) -> None:
         """The backend has answered."""

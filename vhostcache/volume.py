@@ -17,7 +17,7 @@ Invariants:
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vhostcache import operations as op
 from vhostcache.destage import Destager, DestageSettings
@@ -49,12 +49,12 @@ class Volume(GuestRequests):
             self._cache,
             self._io,
             DestageSettings(
-                size_bytes=settings.size_bytes,
                 destage_after_ns=settings.destage_after_ns,
                 threshold_blocks=usable * settings.threshold_percent // 100,
                 flush_blocks=min(4096, max(1, usable // 8)),
                 durable=not settings.ignore_flush,
             ),
+            settings.size_bytes,
         )
         self._ranges = Ranges(self._map, self._fills, self._destager, self._io, settings.size_bytes, self._range_done)
         self._piece_blocks = max(1, usable // 4)
@@ -153,6 +153,13 @@ class Volume(GuestRequests):
         for tag in self._destager.failed:
             self._complete(tag, op.STATUS_IOERR)
         self._destager.failed.clear()
+
+    def grow(self, size_bytes: int, when_done: Callable[[], None]) -> None:
+        """The backend is that large now, and stays so whatever happens: the disk is, too."""
+        self._resize(size_bytes)
+        self._destager.size_bytes = size_bytes
+        self._ranges.size_bytes = size_bytes
+        when_done()
 
     def drain(self) -> None:
         """Begin to destage everything and flush the backend; `drained` says when that has ended."""
@@ -315,6 +322,8 @@ class Volume(GuestRequests):
             slots = self._place_run(first, end)
         else:
             slots = [self._writable_slot(block, partial) for block in range(first, end)]
+        if (sector + sectors) & 7 and not partial:
+            self._clear_behind_end(slots[-1])
         self._operations += (
             op.IN | tag << 8 | len(slots) << 32,
             payload | (sectors * op.SECTOR_BYTES) << 32,
@@ -481,7 +490,7 @@ class Volume(GuestRequests):
         if unit > 1:
             where, by_block = self._map.where, self._fills.by_block
             lowest = first - first % unit
-            highest = min(end + -end % unit, (self.settings.size_bytes + op.BLOCK_BYTES - 1) // op.BLOCK_BYTES)
+            highest = min(end + -end % unit, (self.size_bytes + op.BLOCK_BYTES - 1) // op.BLOCK_BYTES)
             while first > lowest and first - 1 not in where and first - 1 not in by_block:
                 first -= 1
             while end < highest and end not in where and end not in by_block:

@@ -655,6 +655,30 @@ def test_an_image_that_was_changed_since_an_orderly_end_makes_the_cache_cold_if_
     assert recover(disk, None, BOOT, image).next_seq == 3
 
 
+def test_an_image_that_has_only_grown_is_used_as_it_is() -> None:
+    """As a resize leaves it that was cut short between the image and the superblocks."""
+    grown = dataclasses.replace(IMAGE, size_bytes=1 << 31, mtime_ns=7)
+    for image, boot in ((dataclasses.replace(grown, is_marked=True), NEW_BOOT), (grown, BOOT)):
+        disk, _, tier = crashed()
+        recovered = recover(disk, tier.parse() if boot == BOOT else None, boot, image)
+        assert recovered.finding.decision in (Decision.WARM, Decision.REPLAY)
+        assert disk.superblock.backend_size_bytes == 1 << 31
+        # And not back again.
+        assert "the image has 1073741824 bytes, and had 2147483648" in str(
+            refused(disk, tier=None, boot=NEW_BOOT, image=dataclasses.replace(image, size_bytes=1 << 30))
+        )
+
+
+def test_an_image_that_has_grown_is_refused_where_its_growth_is_not_all_that_may_have_happened() -> None:
+    grown = dataclasses.replace(IMAGE, size_bytes=1 << 31)
+    disk, _, _ = crashed()
+    assert "had 1073741824" in str(refused(disk, boot=NEW_BOOT, image=grown)), "it may be another device"
+    younger = dataclasses.replace(grown, mtime_ns=7, is_marked=True)
+    assert "had 1073741824" in str(refused(closed(dirty=True), image=younger)), "it was written to after the end"
+    same = dataclasses.replace(grown, is_marked=True)
+    assert recover(closed(dirty=True), None, NEW_BOOT, same).finding.decision is Decision.WARM
+
+
 def test_a_cold_cache_is_emptied() -> None:
     disk = closed(dirty=False)
     block = dataclasses.replace(disk.superblock, cold=True)

@@ -232,6 +232,16 @@ def parked_requests_survive_their_connection() -> None:
 
 
 @canary
+def what_is_behind_the_end_is_left_as_it_is() -> None:
+    """A disk whose last block is a part of one grows, and shows what the slot held before."""
+
+    def no_zeroes(original: Any, self: Any, *arguments: Any) -> None:
+        pass
+
+    _patch(guest_requests.GuestRequests, "_clear_behind_end", no_zeroes)
+
+
+@canary
 def partial_block_without_its_newest_content() -> None:
     """Hazard 26: the rest of a partial block is taken from nowhere."""
 

@@ -155,6 +155,16 @@ class Guest:
         """The engine gives it back without an answer."""
         self.homeless.append(self.live.pop(tag))
 
+    def grow(self, size_sectors: int) -> None:
+        """Its disk is larger: what is new reads as zeroes."""
+        assert size_sectors >= self.size_sectors
+        self.size_sectors = size_sectors
+        more = -(-size_sectors // SECTORS) - self.blocks
+        self.blocks += more
+        self.base += [ZEROES] * more
+        self.state += [ZEROES] * more
+        self.history += [[(0, ZEROES)] for _ in range(more)]
+
     # --- acceptance ---
 
     def accept(self, request: Request) -> None:
@@ -179,10 +189,6 @@ class Guest:
         """These blocks have been published at once, with these writes in them, or with these parts (block, first
         sector, end) zeroed: apply, compare."""
         state = self.state
-        last = self.blocks - 1
-        if last in data and self.size_sectors % SECTORS:
-            end = self.size_sectors % SECTORS * SECTOR  # what is behind the volume's end is of no account
-            data[last] = data[last][:end] + bytes(BLOCK - end)
         for request in sorted(found, key=lambda request: request.serial):
             if request.answered or request.accepted:
                 raise Wrong(f"{request} is published again")

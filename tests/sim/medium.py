@@ -32,6 +32,11 @@ class Medium:
         self.stamp = 1
         """Moves with each write, as a file's mtime does."""
 
+    def grow(self, blocks: int) -> None:
+        """By zeroes at its end, durably."""
+        self.live += [ZEROES] * (blocks - len(self.live))
+        self.stamp += 1
+
     def land(self, block: int, data: bytes) -> None:
         """A write arrives in the device's cache."""
         versions = self.versions.get(block)

@@ -72,6 +72,7 @@ STATES: Final = (
     "crash in a log read",
     "crash in a log write",
     "crash in recovery",
+    "crash when the image has grown",
     "drained",
     "parked requests",
     "power loss",
@@ -86,6 +87,7 @@ STATES: Final = (
     "rot found by recovery",
     "rot in the newest durable record passes for the end of the log",
     "several records in flight",
+    "the disk grows",
     "the RAM tier is read byte by byte",
     "the RAM tier's ring is full",
     "the backend is read into guest memory",
@@ -262,11 +264,13 @@ class World:
         """"cache", "backend" or "recovery" -> the number of the operation that fails: for every fault point."""
         self.operations_seen: Counter[str] = Counter()
         """How many were counted for that."""
+        self.image_sectors = self.guest.size_sectors
         self.guest_died = False
         self.flips: list[tuple[int, bytes, bytes]] = []
         """Bits that have flipped: block of the cache file, before, after."""
         self.image_changed = False
         """By others."""
+        self.growing = False
         self.rot_may_pass = False
         self.tier_lost = False
         """Somebody has deleted the RAM-tier file while the guest lives."""
@@ -328,7 +332,7 @@ class World:
         return self.boot.to_bytes(16, "little")
 
     def backend_facts(self) -> BackendFacts:
-        return BackendFacts(b"image", self.guest.size_sectors * SECTOR, self.backend.stamp)
+        return BackendFacts(b"image", self.image_sectors * SECTOR, self.backend.stamp, is_marked=True)
 
     def create(self) -> None:
         """A new cache file."""
@@ -394,8 +398,10 @@ class World:
         return recovered, new
 
     def start(self, recovered: Recovered, tier: Tier) -> None:
-        """A new process: engine and core."""
+        """A new process: engine and core. The disk is as large as the image."""
         size = self.sizes
+        self.guest.grow(self.image_sectors)
+        self.growing = False
         operations: list[int] = []
         self.engine = engine = Engine(
             self.rng, self.guest, self.cache, self.backend, operations, tier, recovered.ring_blocks
@@ -591,7 +597,7 @@ class World:
             kind = op.REQUEST_WRITE if random_number() < 0.88 else CHANGES[int(random_number() * 3)]
         else:
             kind = op.REQUEST_READ
-        blocks = size.hot_blocks if random_number() < 0.8 else size.blocks
+        blocks = size.hot_blocks if random_number() < 0.8 else self.guest.blocks
         sectors = self.guest.size_sectors
         if random_number() < size.whole:
             block = min(int(random_number() * blocks), sectors // 8 - 1)
@@ -614,8 +620,10 @@ class World:
             self.volume.set_write_cache(on)
             self.guest.write_through = (not on or self.sizes.acknowledge_durable) and not self.sizes.ignore_flush
             self.engine.deadline_ns = 0
-        elif choice < 0.7:
+        elif choice < 0.6:
             self.reconnect()
+        elif choice < 0.7:
+            self.grow()
         elif self.sizes.flips and self.rng.random() < 0.3:
             self.states["bit flip under way"] += 1
             self.rot()
@@ -625,6 +633,28 @@ class World:
         elif self.sizes.cache_faults:
             self.states["cache outage"] += 1
             self.cache_outage_until_ns = self.now_ns + int(self.rng.random() * 2000) * MILLISECOND
+
+    def grow(self) -> None:
+        """The image grows, then the superblocks, then the disk; death may come between."""
+        if self.growing or self.image_sectors > 800:
+            return
+        self.image_sectors += 1 + int(self.rng.random() * 20)
+        size_sectors = self.image_sectors
+        self.note(f"the image grows to {size_sectors} sectors")
+        self.backend.grow(-(-size_sectors // 8))
+        if self.rng.random() < 0.2:
+            self.states["crash when the image has grown"] += 1
+            raise Crash
+
+        def grown() -> None:
+            self.engine.execute()  # what the core has decided before
+            self.guest.grow(size_sectors)
+            self.growing = False
+            self.states["the disk grows"] += 1
+
+        self.growing = True
+        self.volume.grow(size_sectors * SECTOR, grown)
+        self.engine.deadline_ns = 0
 
     def end_some(self) -> None:
         """Some of the I/O in flight ends."""

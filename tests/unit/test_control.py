@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vhostcache import control_server
-from vhostcache.control import NEVER, ControlChannel, query
+from vhostcache.control import NEVER, NO_QUESTION, ControlChannel, Question, query
 from vhostcache.errors import ControlError
 from vhostcache.sockets import Listener
 
@@ -28,6 +28,7 @@ class Loop:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.questions = 0
+        self.asked: list[Question] = []
         self.answering = threading.Event()
         self.answering.set()
         self.value: Any = {"state": "serving"}
@@ -47,8 +48,9 @@ class Loop:
                 question = self.channel.readable(time.monotonic_ns())
                 if question is None:
                     return
-                if question:
+                if question.command:
                     self.questions += 1
+                    self.asked.append(question)
                     self.channel.reply(self.value)
 
     def close(self) -> None:
@@ -115,9 +117,10 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 def test_it_greets_like_qmp_and_answers_a_command(connect: Connect) -> None:
     client = connect()
-    assert client.greeting == {"vhostcache": {"version": "9.9", "commands": ["status", "query-commands"]}}
+    assert client.greeting == {"vhostcache": {"version": "9.9", "commands": ["status", "resize", "query-commands"]}}
     assert client.ask({"execute": "status"}) == {"return": {"state": "serving"}}
-    assert client.ask({"execute": "query-commands"}) == {"return": [{"name": "status"}, {"name": "query-commands"}]}
+    names = ("status", "resize", "query-commands")
+    assert client.ask({"execute": "query-commands"}) == {"return": [{"name": name} for name in names]}
 
 
 def test_an_identity_comes_back_with_its_answer(connect: Connect) -> None:
@@ -148,6 +151,38 @@ def test_nonsense_gets_an_error_and_the_connection_goes_on(connect: Connect, mes
     assert answer["error"]["class"] == kind
     assert answer["error"]["desc"]
     assert client.ask({"execute": "status"}) == {"return": {"state": "serving"}}
+
+
+def test_a_change_reaches_the_loop_with_its_arguments_and_each_time(loop: Loop, connect: Connect) -> None:
+    loop.value = {"wanted_bytes": 8192}
+    clients = [connect(), connect()]
+    for client in clients:
+        client.send({"execute": "resize", "arguments": {"name": "vda", "size_bytes": 8192}, "id": 1})
+    for client in clients:
+        assert client.receive() == {"return": {"wanted_bytes": 8192}, "id": 1}
+    assert loop.asked == [Question("resize", {"name": "vda", "size_bytes": 8192})] * 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({}, [], 7, None, {"name": "vda"}, {"name": 1, "size_bytes": 1}),
+        *({"name": "vda", "size_bytes": size} for size in ("8192", True, 1.5)),
+        {"name": "vda", "size_bytes": 8192, "more": 1},
+    ],
+)
+def test_a_change_with_other_arguments_does_not_reach_the_loop(loop: Loop, connect: Connect, arguments: object) -> None:
+    answer = connect().ask({"execute": "resize", "arguments": arguments})
+    assert answer["error"]["desc"] == "'resize' takes the arguments 'name' (a string), 'size_bytes' (a whole number)"
+    assert loop.questions == 0
+
+
+def test_a_change_is_seen_by_the_next_question_at_once(loop: Loop, connect: Connect) -> None:
+    client = connect()
+    assert client.ask({"execute": "status"}) == {"return": {"state": "serving"}}
+    loop.value = {"state": "changed"}
+    client.ask({"execute": "resize", "arguments": {"name": "vda", "size_bytes": 8192}})
+    assert client.ask({"execute": "status"}) == {"return": {"state": "changed"}}
 
 
 def test_several_commands_in_one_packet_are_answered_in_order(connect: Connect) -> None:
@@ -301,7 +336,7 @@ def test_a_server_that_hangs_does_not_hold_up_the_loop(tmp_path: Path) -> None:
     channel = ControlChannel(Listener(str(tmp_path / "control")), "9.9", watched.append)
     channel.start(0)
     os.kill(channel.server_pid, signal.SIGSTOP)
-    assert channel.readable(0) == ""
+    assert channel.readable(0) == NO_QUESTION
     for _ in range(1000):
         channel.reply({"text": "x" * 10_000})
     channel.close()

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import gc
@@ -362,3 +363,59 @@ def test_closing_twice_closes_once(image: Path, opened: Opener) -> None:
     backend = opened(image)
     backend.close()
     backend.close()
+
+
+# Growing.
+
+
+def test_a_file_grows_by_a_hole_and_stays_locked(image: Path, opened: Opener) -> None:
+    backend = opened(image)
+    for size in (MIB + 4096, 3 * MIB, 3 * MIB):
+        backend.resize(size)
+        assert backend.facts.size_bytes == image.stat().st_size == size
+    assert image.stat().st_blocks == 0
+    assert "is in use" in refusal(image)
+    assert backend.check() is None
+
+
+def test_a_file_that_others_have_grown_is_taken_as_it_is(image: Path, opened: Opener) -> None:
+    backend = opened(image)
+    os.truncate(image, 2 * MIB)
+    with pytest.raises(ImageError, match=f"has {2 * MIB} bytes already; ask for these"):
+        backend.resize(MIB + 4096)
+    assert backend.facts.size_bytes == MIB
+    backend.resize(2 * MIB)
+    assert backend.facts.size_bytes == 2 * MIB
+
+
+def test_a_device_is_not_extended(image: Path, opened: Opener) -> None:
+    backend = opened(image)
+    backend._is_device = True
+    with pytest.raises(ImageError, match=f"has {MIB} bytes; expected {2 * MIB}; a device has to be grown by hand"):
+        backend.resize(2 * MIB)
+    os.truncate(image, 2 * MIB)  # by hand
+    backend.resize(2 * MIB)
+    assert backend.facts.size_bytes == 2 * MIB
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "fsync"])
+def test_a_file_that_cannot_grow_stays_as_it_is(
+    image: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    backend = opened(image)
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(ImageError, match=f"cannot be given {2 * MIB} bytes: no space is left"):
+        backend.resize(2 * MIB)
+    assert backend.facts.size_bytes == MIB
+
+
+def test_direct_io_asks_for_a_size_of_its_own(image: Path, opened: Opener) -> None:
+    backend = opened(image)
+    backend.facts = dataclasses.replace(backend.facts, direct=True, align_io_bytes=4096)
+    with pytest.raises(ImageError, match="expected a multiple of 4096"):
+        backend.resize(MIB + 512)
+    assert image.stat().st_size == MIB

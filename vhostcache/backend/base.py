@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from vhostcache.backend.mark import Mark
+from vhostcache.errors import ImageError
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the engine and the core need to know, true from opening to closing."""
+    """What the engine and the core need to know, true from opening to closing, but for the size, which may grow."""
 
     descriptor: int  # stays the backend's; the engine uses it until it has let go of the volume
     size_bytes: int  # a multiple of 512, more than 0
@@ -68,6 +69,15 @@ class Backend(ABC):
     @abstractmethod
     def settle(self) -> Stamp:
         """The same, durable itself: nobody writes now, and what has been written is flushed. May wait."""
+
+    can_resize: ClassVar[bool] = False
+    """Whether `resize` can do anything."""
+
+    def resize(self, size_bytes: int) -> None:
+        """Make it that large, durably, or find that somebody else has; `facts` say so from then on. It never becomes
+        smaller. ImageError: it is as it was. May wait as long as the storage does: called in a thread of its own, one
+        at a time, while the engine goes on."""
+        raise ImageError(self.identity, f"is of type {self.kind}, which cannot be resized")
 
     @property
     @abstractmethod

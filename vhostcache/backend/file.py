@@ -1,7 +1,7 @@
 """A raw image or a block device.
 
 Opened as the mode asks (O_DIRECT or the page cache), locked as QEMU locks images, on the descriptor that does the I/O.
-Never writes, extends or truncates: what cannot be used as it is, is refused in one line.
+Never writes or truncates: what cannot be used as it is, is refused in one line. Extends a file when it is told to.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import stat
 import struct
 import time
+from dataclasses import replace
 from typing import ClassVar, Final
 
 from vhostcache.backend import locks, mark
@@ -47,6 +48,7 @@ class FileBackend(Backend):
     """See the module."""
 
     kind: ClassVar[str] = "file"
+    can_resize: ClassVar[bool] = True
 
     def __init__(self, path: str, read_only: bool, direct: bool, lock_wait_s: float = LOCK_WAIT_S) -> None:
         """Open it. ImageError: one line, nothing touched, nothing left open."""
@@ -106,6 +108,40 @@ class FileBackend(Backend):
                 "hint": "give the image its size back, check it, and start again",
             },
         )
+
+    def resize(self, size_bytes: int) -> None:
+        """See Backend. A file is extended, with a hole; a device must have grown already."""
+        facts = self.facts
+        if facts.direct and size_bytes % facts.align_io_bytes:
+            raise ImageError(
+                self.identity,
+                f"cannot have {size_bytes} bytes: it is used with direct I/O",
+                f"a multiple of {facts.align_io_bytes}",
+            )
+        try:
+            # Of its own: what a fsync has to say of a failed write it says once, and the engine is to hear it.
+            descriptor = os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                actual_bytes = os.lseek(descriptor, 0, os.SEEK_END)
+                self._refuse_size(actual_bytes, size_bytes)
+                if actual_bytes < size_bytes:
+                    os.ftruncate(descriptor, size_bytes)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise ImageError(self.identity, f"cannot be given {size_bytes} bytes: {why(error)}") from error
+        self.facts = replace(facts, size_bytes=size_bytes)
+
+    def _refuse_size(self, actual_bytes: int, size_bytes: int) -> None:
+        if actual_bytes > size_bytes:
+            raise ImageError(
+                self.identity, f"has {actual_bytes} bytes already", hint=f"ask for these: resize to {actual_bytes}"
+            )
+        if self._is_device and actual_bytes < size_bytes:
+            raise ImageError(
+                self.identity, f"has {actual_bytes} bytes", f"{size_bytes}", "a device has to be grown by hand first"
+            )
 
     def stamp(self) -> Stamp:
         """A file is its real path, whatever link leads there; a device the name that was given, which may be the one

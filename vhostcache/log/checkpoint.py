@@ -40,6 +40,7 @@ class Checkpointer:
         self._when_done: list[Callable[[], None]] = []
         self._waiting: list[Callable[[], None]] = []
         self.write_cache = superblock.write_cache
+        self.backend_size_bytes = superblock.backend_size_bytes
         self.closing = False
         """The next one says that the log was closed in good order."""
         self.backend_mtime_ns: Callable[[], int] = lambda: superblock.backend_mtime_ns
@@ -116,6 +117,7 @@ class Checkpointer:
             durable_address=writer.durable_address,
             durable_seq=writer.durable_seq,
             write_cache=self.write_cache,
+            backend_size_bytes=self.backend_size_bytes,
             clean=self.closing,
             backend_mtime_ns=self.backend_mtime_ns() if self.closing else self.superblock.backend_mtime_ns,
         )

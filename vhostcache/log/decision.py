@@ -49,6 +49,8 @@ class BackendFacts:
     size_bytes: int
     mtime_ns: int
     """Of its data; 0: nobody can tell, as with a block device."""
+    is_marked: bool = False
+    """It says itself that this cache is its own."""
 
 
 class Decision(Enum):
@@ -293,6 +295,16 @@ class Situation:
         return self.backend is not None and self.backend.size_bytes != self.superblock.backend_size_bytes
 
     @property
+    def only_grown(self) -> bool:
+        """It is the image that the log belongs on, and larger: a resize that was cut short, or that somebody has begun
+        by hand. One that cannot be marked is known by its path alone, which means the same as long as the host runs.
+        """
+        backend, block = self.backend, self.superblock
+        if backend is None or backend.size_bytes <= block.backend_size_bytes:
+            return False
+        return backend.is_marked or self.same_boot
+
+    @property
     def other_mtime(self) -> bool:
         known = self.superblock.backend_mtime_ns
         return self.backend is not None and 0 not in (known, self.backend.mtime_ns) and self.backend.mtime_ns != known
@@ -301,7 +313,7 @@ class Situation:
     def image_changed(self) -> bool:
         """Since an orderly end. After any other the image is younger than the superblock because of ourselves."""
         block = self.superblock
-        return block.cold or self.other_size or (block.clean and self.other_mtime)
+        return block.cold or (self.other_size and not self.only_grown) or (block.clean and self.other_mtime)
 
     @property
     def image_is_younger(self) -> bool:

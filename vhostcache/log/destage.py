@@ -42,8 +42,6 @@ HELD_RETRY_NS: Final = 10_000_000_000
 class LogDestageSettings:
     """When and how much to destage."""
 
-    size_bytes: int
-    """Of the volume: the last block may be a part of one."""
     destage_after_ns: int
     """Objects that have been dirty for so long are destaged."""
     threshold_blocks: int
@@ -149,6 +147,7 @@ class LogDestager:
         index: LogIndex,
         writer: LogWriter,
         settings: LogDestageSettings,
+        size_bytes: int,
         notices: list[tuple[str, dict[str, object]]],
     ) -> None:
         self._map = block_map
@@ -157,6 +156,8 @@ class LogDestager:
         self._index = index
         self._writer = writer
         self._settings = settings
+        self.size_bytes = size_bytes
+        """Of the disk: the last block may be a part of one."""
         self.notices = notices
         self._staging = block_map.take(settings.staging_blocks)
         for slot in self._staging:
@@ -390,7 +391,7 @@ class LogDestager:
             self._written.append(destage)
             return
         group = self._io.begin(destage)
-        size_bytes = self._settings.size_bytes
+        size_bytes = self.size_bytes
         order = sorted(range(len(destage.blocks)), key=destage.blocks.__getitem__)
         blocks = [destage.blocks[i] for i in order]
         slots = [destage.slots[i] for i in order]

@@ -42,6 +42,7 @@ from vhostcache.tierfile import TierFolder
 BOOT_ID_VARIABLE: Final = "VHOSTCACHE_BOOT_ID"  # for tests: in place of the kernel's, another one is another boot
 _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 _PROGRESS_S: Final = 1.0
+_PREWRITE_S: Final = 30.0  # of a new cache file; what is left is only slower to flush until it has been written once
 
 Tell = Callable[[str, str, dict[str, Any]], None]
 """Level, event, fields: something for the log."""
@@ -227,11 +228,27 @@ class CacheClaim:
         assert self.file is not None
         if self.file.size_bytes < self._new_size_bytes():
             self.file.allocate(self._new_size_bytes())
+        self._prewrite()
         new = uuid.uuid4().bytes
         block = recovery.create(self.file, new, identity.backend_facts(image_of(self._backend), None))
         state = superblock.WRITE_CACHE_ON if self._config.cache_mode.writeback else superblock.WRITE_CACHE_OFF
         self._write_superblocks(dataclasses.replace(block, write_cache=state, generation=block.generation + 1))
         self._mark(Mark(new, block.epoch, dirty=False))
+
+    def _prewrite(self) -> None:
+        assert self.file is not None
+        told_s = time.monotonic()
+
+        def progress(done_bytes: int, of_bytes: int) -> None:
+            nonlocal told_s
+            if time.monotonic() - told_s >= _PROGRESS_S:
+                told_s = time.monotonic()
+                self._tell("info", "making-cache", {"cache": self.path, "bytes": done_bytes, "of_bytes": of_bytes})
+
+        left_bytes = self.file.prewrite(_PREWRITE_S, progress)
+        if left_bytes:
+            fields = {"cache": self.path, "bytes": left_bytes, "reason": f"it would take more than {_PREWRITE_S:.0f} s"}
+            self._tell("info", "cache-not-prewritten", fields)
 
     def _discard_if_refused(self, boot: bytes) -> None:
         assert self.file is not None

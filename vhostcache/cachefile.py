@@ -3,7 +3,8 @@
 Owns the file or block device that holds a volume's log, as long as it is open. Invariant: who has it open for writing
 holds an OFD lock on the very descriptor that does the I/O, so that a killed daemon's last writes have landed before
 the next one reads. All of a new file is allocated at once: a log that runs out of space in mid-life would lose what it
-has promised to keep, and each fdatasync would write the file system's journal.
+has promised to keep, and each fdatasync would write the file system's journal. It would also do so for blocks that are
+allocated and have never been written, so `prewrite` writes zeroes there: a flush takes half the time then.
 
 It is a `Disk` for recovery and the tools: `read`, `write` and `sync` take any length, through an aligned buffer.
 Never decides what the contents mean; never overwrites a file that is not empty.
@@ -34,6 +35,16 @@ HEAD_BYTES: Final = 1 << 20  # superblocks and room for later; the ring begins b
 LOCK_WAIT_S: Final = 5.0
 _LOCK_RETRY_S: Final = 0.05
 _BUFFER_BYTES: Final = 1 << 20
+_PREWRITE_BYTES: Final = 4 << 20
+_PREWRITES_AT_ONCE: Final = 2
+
+# linux/fiemap.h: struct fiemap, struct fiemap_extent, and the ioctl.
+_FS_IOC_FIEMAP: Final = 0xC020660B
+_FIEMAP: Final = struct.Struct("QQIIII")  # start, length, flags, mapped extents, room for extents
+_FIEMAP_EXTENT: Final = struct.Struct("QQQQQIIII")  # logical, physical, length, two reserved, flags, three reserved
+_FIEMAP_LAST: Final = 0x1
+_FIEMAP_UNWRITTEN: Final = 0x800
+_FIEMAP_EXTENTS: Final = 64
 
 _FLOCK: Final = struct.Struct("hhqqi4x")  # l_type, l_whence, l_start, l_len, l_pid
 _EXPECTED: Final = "a vhostcache cache file, an empty block device, or a new name"
@@ -111,6 +122,65 @@ class CacheFile:
                 hint="choose a smaller size, or another file system",
             ) from error
         self.size_bytes = os.lseek(self.descriptor, 0, os.SEEK_END)
+
+    def prewrite(self, budget_s: float, progress: Callable[[int, int], None]) -> int:
+        """Write zeroes over what is allocated and has never been written, which reads as zeroes anyway, for at most so
+        long. `progress(done, of)` is told in bytes. Returns how many bytes are left. CacheError: it cannot be written.
+        """
+        pieces = [
+            (at, min(_PREWRITE_BYTES, start + length - at))
+            for start, length in self._unwritten()
+            for at in range(start, start + length, _PREWRITE_BYTES)
+        ]
+        total = sum(size for _, size in pieces)
+        if not total:
+            return 0
+        from concurrent.futures import ThreadPoolExecutor
+
+        deadline = time.monotonic() + budget_s
+        done = 0
+        with mmap.mmap(-1, _PREWRITE_BYTES) as zeroes, ThreadPoolExecutor(_PREWRITES_AT_ONCE) as pool:
+
+            def write(piece: tuple[int, int]) -> int:
+                at, size = piece
+                if time.monotonic() >= deadline:
+                    return 0
+                with memoryview(zeroes) as whole, whole[:size] as part:
+                    if os.pwritev(self.descriptor, [part], at) < size:
+                        raise OSError(errno.EIO, "a short write")
+                return size
+
+            try:
+                for size in pool.map(write, pieces):
+                    done += size
+                    progress(done, total)
+                os.fsync(self.descriptor)
+            except OSError as error:
+                raise CacheError(subject(self.path), f"cannot be written: {why(error)}") from error
+        return total - done
+
+    def _unwritten(self) -> list[tuple[int, int]]:
+        """(start, length) in bytes, whole blocks; none where the file system does not tell, or knows no such state."""
+        found: list[tuple[int, int]] = []
+        at, last = 0, self.is_device
+        while not last:
+            buffer = bytearray(_FIEMAP.size + _FIEMAP_EXTENTS * _FIEMAP_EXTENT.size)
+            _FIEMAP.pack_into(buffer, 0, at, self.size_bytes - at, 0, 0, _FIEMAP_EXTENTS, 0)
+            try:
+                fcntl.ioctl(self.descriptor, _FS_IOC_FIEMAP, buffer)
+            except OSError:
+                return []
+            count = _FIEMAP.unpack_from(buffer)[3]
+            last = count == 0
+            for i in range(count):
+                extent = _FIEMAP_EXTENT.unpack_from(buffer, _FIEMAP.size + i * _FIEMAP_EXTENT.size)
+                start, length, flags = extent[0], extent[2], extent[5]
+                at = start + length
+                end = min(at, self.size_bytes) // BLOCK_BYTES * BLOCK_BYTES
+                if flags & _FIEMAP_UNWRITTEN and start % BLOCK_BYTES == 0 and start < end:
+                    found.append((start, end - start))
+                last = last or bool(flags & _FIEMAP_LAST) or at >= self.size_bytes
+        return found
 
     @property
     def is_sparse(self) -> bool:

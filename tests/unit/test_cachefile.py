@@ -37,6 +37,28 @@ def test_a_new_file_is_allocated_private_blank_and_locked(tmp_path: Path) -> Non
     CacheFile(str(path)).close()
 
 
+def extents_never_written(path: Path) -> int:
+    found = subprocess.run(["filefrag", "-v", str(path)], capture_output=True, text=True, check=False).stdout
+    return found.count("unwritten")
+
+
+def test_a_new_file_can_be_written_with_zeroes_where_it_never_was(tmp_path: Path) -> None:
+    path = tmp_path / "vda.cache"
+    told: list[tuple[int, int]] = []
+    with CacheFile.create(str(path), SIZE) as cache:
+        if not extents_never_written(path):
+            pytest.skip("this file system allocates written blocks, or does not tell")
+        cache.write(8 * MIB, b"precious" * 512)
+        cache.sync()
+        assert cache.prewrite(0.0, lambda done, of: None) == SIZE - 4096
+        assert cache.prewrite(60.0, lambda done, of: told.append((done, of))) == 0
+        assert not extents_never_written(path)
+        assert told[-1] == (SIZE - 4096, SIZE - 4096)
+        assert cache.read(8 * MIB, 8192) == b"precious" * 512 + bytes(4096)
+        assert cache.is_blank
+        assert cache.prewrite(60.0, lambda done, of: None) == 0
+
+
 def test_an_existing_file_is_never_made_anew(tmp_path: Path) -> None:
     path = tmp_path / "precious"
     path.write_text("data")

@@ -73,6 +73,7 @@ static struct io *io_new(struct volume *volume, enum io_target target, enum io_k
     io->check = CHECK_NONE;
     io->way = 0;
     io->background = target == IO_BACKEND && (kind == IO_WRITE || kind == IO_ZERO);
+    io->durable = io->syncing = false;
     io->retries = 0;
     io->group = group;
     io->iov_first = io->iov_count = 0;
@@ -124,6 +125,7 @@ static void start(vhc_engine *engine, struct io *io)
     if ((io->kind == IO_READ || io->kind == IO_WRITE) && !io->request)
         choose_buffer(io);
     engine->ios_in_flight++;
+    engine->syncs_in_flight += io->kind == IO_FLUSH || io->syncing;
     engine->driver->submit(engine, io);
 }
 
@@ -181,8 +183,8 @@ static void check_when_read(struct io *io)
     io->whole_offset = io->offset;
 }
 
-void io_slots(struct volume *volume, enum io_target target, enum io_kind kind, uint32_t group, uint64_t offset, uint64_t bytes,
-              const uint64_t *slots, uint32_t count, uint32_t skip)
+static void transfer_slots(struct volume *volume, enum io_target target, enum io_kind kind, uint32_t group, uint64_t offset, uint64_t bytes,
+                           const uint64_t *slots, uint32_t count, uint32_t skip, bool durable)
 {
     assert(bytes && skip < VHC_BLOCK && skip + bytes <= (uint64_t)count * VHC_BLOCK && skip + bytes > (uint64_t)(count - 1) * VHC_BLOCK);
     struct io *io = NULL;
@@ -193,6 +195,7 @@ void io_slots(struct volume *volume, enum io_target target, enum io_kind kind, u
             io = io_new(volume, target, kind, group, count - i < IO_MAX_IOV ? count - i : IO_MAX_IOV);
             io->offset = offset;
             io->bytes = 0;
+            io->durable = durable;
         }
         uint32_t part = VHC_BLOCK - skip < bytes ? VHC_BLOCK - skip : (uint32_t)bytes;
         add_memory(io, slab_slot(volume, slot) + skip, part);
@@ -207,6 +210,17 @@ void io_slots(struct volume *volume, enum io_target target, enum io_kind kind, u
             io = NULL;
         }
     }
+}
+
+void io_slots(struct volume *volume, enum io_target target, enum io_kind kind, uint32_t group, uint64_t offset, uint64_t bytes,
+              const uint64_t *slots, uint32_t count, uint32_t skip)
+{
+    transfer_slots(volume, target, kind, group, offset, bytes, slots, count, skip, false);
+}
+
+void io_record(struct volume *volume, uint32_t group, uint64_t offset, const uint64_t *slots, uint32_t count, bool durable)
+{
+    transfer_slots(volume, IO_CACHE, IO_WRITE, group, offset, (uint64_t)count * VHC_BLOCK, slots, count, 0, durable);
 }
 
 /* Direct I/O refuses odd addresses and lengths: then the read goes through memory that fits, and is copied when it has ended. */
@@ -446,13 +460,14 @@ void io_ended(vhc_engine *engine, struct io *io)
     int32_t result = io->result;
     bool again = false;
     engine->ios_in_flight--;
+    engine->syncs_in_flight -= io->kind == IO_FLUSH || io->syncing;
     if ((result == -EINTR || result == -EAGAIN) && io->retries < MAX_RETRIES) {
         io->retries++;
         again = true;
     } else if (io->kind == IO_ZERO && io->way != ZERO_WRITE) {
         again = result < 0 && retry_zero(engine, io, result);
         result = result < 0 ? result : 0;
-    } else if (io->kind != IO_FLUSH && result >= 0) {
+    } else if (io->kind != IO_FLUSH && !io->syncing && result >= 0) {
         if (result == 0) {
             result = io->bounce && bounce_suffices(io) ? 0 : io->kind == IO_READ ? -ENODATA : -EIO;
         } else if (advance(io, (uint64_t)result)) {
@@ -468,6 +483,10 @@ void io_ended(vhc_engine *engine, struct io *io)
     }
     if (!again && !result && io->check)
         again = verify(io, &result);
+    if (!again && !result && io->durable && !io->syncing) {
+        again = io->syncing = true;
+        io->volume->stats.log_ops[IO_FLUSH]++;
+    }
     if (again)
         start(engine, io);
     else

@@ -22,6 +22,8 @@ struct io {
     uint8_t check;
     uint8_t way;       /* of zeroing */
     bool background;   /* counts among the volume's writes in flight */
+    bool durable;      /* a write that ends when it is on the medium */
+    bool syncing;      /* it has been written: what goes to the driver now is its fdatasync */
     uint16_t retries;
     uint32_t group;
     uint64_t offset, bytes; /* what is left */
@@ -67,6 +69,8 @@ void io_ended(vhc_engine *engine, struct io *io);
 /* For operations.c and log.c. Slots are consecutive blocks of the file's data, `skip` bytes into the first. */
 void io_slots(struct volume *volume, enum io_target target, enum io_kind kind, uint32_t group, uint64_t offset, uint64_t bytes,
               const uint64_t *slots, uint32_t count, uint32_t skip);
+/* Slots to whole blocks of the cache file. */
+void io_record(struct volume *volume, uint32_t group, uint64_t offset, const uint64_t *slots, uint32_t count, bool durable);
 #define IO_NO_GROUP UINT32_MAX /* a direct read that completes its request by itself */
 void io_direct(struct request *request, enum io_target target, enum io_kind kind, uint32_t group, uint32_t payload_offset, uint64_t offset,
                uint64_t bytes);

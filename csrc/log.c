@@ -122,7 +122,7 @@ static void compose(struct volume *volume, const struct log_record *record)
     volume->log.previous_crc = crc;
 }
 
-void log_write(struct volume *volume, uint32_t group, const struct log_record *record, bool repeat)
+void log_write(struct volume *volume, uint32_t group, const struct log_record *record, bool repeat, bool durable)
 {
     uint32_t blocks = record->header_blocks + record->payload_blocks;
     assert(record->header_blocks >= 1 && record->header_blocks <= MAX_HEADER_BLOCKS);
@@ -133,7 +133,7 @@ void log_write(struct volume *volume, uint32_t group, const struct log_record *r
         assert(!record->words_count);
     else
         compose(volume, record);
-    io_slots(volume, IO_CACHE, IO_WRITE, group, record->offset, (uint64_t)blocks * VHC_BLOCK, record->slots, blocks, 0);
+    io_record(volume, group, record->offset, record->slots, blocks, durable);
 }
 
 void log_read(struct volume *volume, uint32_t group, uint64_t offset, const uint64_t *slots, uint32_t count)

@@ -122,7 +122,8 @@ static void write_record(struct volume *volume, struct stream *stream, uint32_t 
         slots[record.header_blocks++] = given[2] >> 32;
     assert(payload_blocks <= LOG_MAX_SLOTS - record.header_blocks);
     memcpy(slots + record.header_blocks, take(stream, payload_blocks), payload_blocks * sizeof slots[0]);
-    log_write(volume, (uint32_t)given[0], &record, given[0] >> 32);
+    assert(given[0] >> 34 == 0);
+    log_write(volume, (uint32_t)given[0], &record, given[0] >> 32 & 1, given[0] >> 33 & 1);
 }
 
 static void log_operation(vhc_engine *engine, struct stream *stream, uint32_t opcode, uint32_t number, uint32_t arg)

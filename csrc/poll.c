@@ -276,7 +276,7 @@ void poll_turn(vhc_engine *engine, int64_t timeout_ns)
             continue;
         if (!window_ns)
             window_ns = &engine->window_ns[engine->ios_in_flight != 0];
-        if (engine->now_ns - begun_ns < *window_ns && (engine->polled_queues || engine->ios_in_flight)) {
+        if (engine->now_ns - begun_ns < *window_ns && !engine->syncs_in_flight && (engine->polled_queues || engine->ios_in_flight)) {
             engine->stats.polls += !polled;
             polled = true;
             if (engine->now_ns - engine->epoll_ns >= EPOLL_EVERY_NS)

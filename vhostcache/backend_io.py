@@ -113,14 +113,21 @@ class BackendIo:
         self.operations += (op.RETIRE | self._volume, entries)
 
     def log_write(
-        self, group: int, offset_bytes: int, headers: Sequence[int], words: Sequence[int], slots: Sequence[int]
+        self,
+        group: int,
+        offset_bytes: int,
+        headers: Sequence[int],
+        words: Sequence[int],
+        slots: Sequence[int],
+        durable: bool = False,
     ) -> None:
-        """Compose a record in its one or two header slots and write it. Without words: write the same again."""
+        """Compose a record in its one or two header slots and write it. Without words: write the same again. `durable`:
+        it ends when it is on the medium."""
         repeat = 0 if words else 1 << 32
         header = headers[0] | (headers[1] << 32 if len(headers) > 1 else 0)
         self.operations += (
             op.LOG_WRITE | self._volume | len(slots) << 32,
-            group | repeat,
+            group | repeat | durable << 33,
             offset_bytes,
             header,
             len(words),

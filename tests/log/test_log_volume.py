@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
+
 from tests.log.harness import BOOT, IMAGE, TIER, new_cache
 from vhostcache import operations as op
 from vhostcache.log.recovery import recover
@@ -195,25 +197,64 @@ def test_what_the_last_durable_records_give_back_is_offered_at_once() -> None:
     assert bench.deadline_ns <= bench.now_ns  # whoever waits for slots, entries or durable records has not seen it
 
 
-def test_a_superblock_that_was_written_before_a_fdatasync_failed_is_written_again() -> None:
+@pytest.mark.parametrize("failing", [op.LOG_FLUSH, op.LOG_WRITE])
+def test_a_superblock_that_was_written_before_a_sync_failed_is_written_again(failing: int) -> None:
     bench = Bench()
     bench.volume.set_write_cache(False)  # a checkpoint
     bench.turn()
-    bench.write(1)
-    bench.end(op.LOG_WRITE)
-    assert {op.LOG_FLUSH, op.SUPERBLOCK} <= {code for code, _ in bench.io}
+    if failing == op.LOG_FLUSH:
+        bench.volume._writer.sync(lambda result: None)  # it waits for a fdatasync only
+        bench.turn()
+    else:
+        bench.write(1)  # durable by itself
+    assert {failing, op.SUPERBLOCK} == {code for code, _ in bench.io}
     bench.end(op.SUPERBLOCK)  # it is in the device's cache, and waits for the next fdatasync
-    bench.end(op.LOG_FLUSH, -EIO)
+    bench.end(failing, -EIO)
+    if failing == op.LOG_WRITE:
+        bench.end(op.LOG_FLUSH)  # it has begun before the failure, which may have taken the superblock along
     bench.superblocks.clear()
     bench.now_ns += SECOND
     bench.turn()
     while op.LOG_FLUSH not in [code for code, _ in bench.io]:
-        bench.end(bench.io[0][0])
+        if bench.io:
+            bench.end(bench.io[0][0])
+        else:
+            assert bench.deadline_ns <= bench.now_ns
+            bench.turn()
     bench.end(op.LOG_FLUSH)
     bench.settle()
     assert bench.superblocks == [A_OFFSET_BYTES, B_OFFSET_BYTES]
     checkpointer = bench.volume._checkpointer
     assert checkpointer.superblock.write_cache == WRITE_CACHE_OFF
+
+
+def test_a_flush_of_all_that_is_volatile_takes_one_operation() -> None:
+    bench = Bench()
+    bench.write(1)
+    bench.write(2)
+    flush = bench.ask(op.REQUEST_FLUSH)
+    assert [code for code, _ in bench.io] == [op.LOG_WRITE]
+    later = bench.write(3)
+    assert bench.answers[later] == op.STATUS_OK
+    assert flush not in bench.answers
+    bench.end(op.LOG_WRITE)
+    assert bench.answers[flush] == op.STATUS_OK
+    assert not bench.io
+    counters = bench.volume._writer.counters
+    assert (counters["log_durable_writes"], counters["log_fdatasyncs"]) == (1, 1)
+
+
+def test_a_flush_waits_for_what_was_written_before_its_own_record() -> None:
+    bench = Bench(slots=4096, record_blocks=16)
+    for block in range(20):
+        bench.write(block)
+    flush = bench.ask(op.REQUEST_FLUSH)
+    assert [code for code, _ in bench.io] == [op.LOG_WRITE] * 2
+    bench.end(op.LOG_WRITE)
+    bench.end(op.LOG_WRITE)
+    assert flush not in bench.answers
+    bench.end(op.LOG_FLUSH)
+    assert bench.answers[flush] == op.STATUS_OK
 
 
 def test_a_log_block_that_cannot_be_read_does_not_hold_up_writes() -> None:

@@ -128,6 +128,17 @@ def flush_without_the_records_in_flight() -> None:
 
 
 @canary
+def durable_write_that_is_none() -> None:
+    """The engine forgets that a record's write is to be durable."""
+
+    def begin(original: Any, self: Any, io: Any) -> None:
+        io.durable = False
+        original(self, io)
+
+    _patch(engine.Engine, "_begin", begin)
+
+
+@canary
 def no_fdatasync() -> None:
     """The engine says that it has synchronized the cache file, and has not."""
 

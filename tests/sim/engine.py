@@ -96,7 +96,20 @@ class SlabTier(log_tier.Tier):
 class Io:
     """One I/O in flight, of `count` blocks from `block` on."""
 
-    __slots__ = ("block", "count", "covers", "data", "group", "kind", "payload", "size", "skip", "slots", "tag")
+    __slots__ = (
+        "block",
+        "count",
+        "covers",
+        "data",
+        "durable",
+        "group",
+        "kind",
+        "payload",
+        "size",
+        "skip",
+        "slots",
+        "tag",
+    )
 
     def __init__(self, kind: int, group: int, block: int, count: int) -> None:
         self.kind = kind
@@ -106,6 +119,7 @@ class Io:
         self.data: list[bytes] = []
         self.slots: list[int] = []
         self.covers: dict[int, bytes] = {}
+        self.durable = False
         self.tag = -1
         self.payload = self.size = self.skip = 0
 
@@ -416,7 +430,7 @@ class Engine:
         word, offset, headers, length = next(words), next(words), next(words), next(words)
         header_words = [next(words) for _ in range(length)]
         slots = [next(words) for _ in range(count)]
-        group, repeat = word & 0xFFFFFFFF, word >> 32
+        group, repeat, durable = word & 0xFFFFFFFF, word >> 32 & 1, word >> 33
         header_slots = [slot for slot in (headers & 0xFFFFFFFF, headers >> 32) if slot]
         assert header_slots
         payload = [self.slab[slot] for slot in slots]
@@ -445,6 +459,9 @@ class Engine:
         assert io.block + io.count <= RING_BLOCK + self.ring_blocks, "a record beyond the ring's end"
         io.slots = header_slots + slots
         io.data = [self.slab[slot] for slot in io.slots]
+        io.durable = bool(durable)
+        if durable:
+            self.states["a record that is durable by itself"] += 1
         if repeat:
             first = next(record for record in reversed(self.records) if record.block == io.block)
             assert all(a is b for a, b in zip(io.data, first.data, strict=True)), "not what was written the first time"
@@ -503,6 +520,16 @@ class Engine:
             for slot, data in zip(io.slots, io.data, strict=False):
                 assert self.slab[slot] is data, f"slot {slot} changes while it is being written: {io}"
             self.land(io, fail)
+            if io.durable:
+                if fail:
+                    # As a failed sync: of what was written before, some may be lost.
+                    covers, self.cache.reported = self.cache.reported, {}
+                    self.cache.sync_failed(covers)
+                    for other in self.io:
+                        if other.kind == CACHE_SYNC:
+                            self.cache.sync_failed(other.covers)
+                else:
+                    self.cache.synced(dict(zip(range(io.block, io.block + io.count), io.data, strict=True)))
             if kind == CACHE_WRITE and io.block == 1 and not fail:
                 self.states["checkpoint"] += 1
         elif kind in (CACHE_READ, BACKEND_READ):

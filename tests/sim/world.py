@@ -95,6 +95,7 @@ STATES: Final = (
     "the log is read",
     "the log is read into guest memory",
     "the log wraps",
+    "a record that is durable by itself",
     "write cache switched",
     "zeroes are destaged",
 )

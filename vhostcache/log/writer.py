@@ -25,6 +25,7 @@ from vhostcache.readcache import ReadCache
 
 RETRY_FIRST_NS: Final = 100_000_000
 RETRY_MAX_NS: Final = 5_000_000_000
+EIO: Final = 5
 ZEROES_MAX: Final = 64
 """Extents of zeroes in a record: with 256 data extents and as many checksums they fit one header block."""
 INTERNAL: Final = -1
@@ -42,6 +43,7 @@ class Record:
         "address",
         "again",
         "blocks",
+        "durable",
         "entries_end",
         "header_blocks",
         "headers",
@@ -76,6 +78,8 @@ class Record:
         self.written = False
         self.again = False
         """A fdatasync has failed while it was being written."""
+        self.durable = False
+        """Its write ends when it is on the medium, and everything before it was there already."""
 
     @property
     def end(self) -> int:
@@ -95,6 +99,7 @@ class LogFlush:
         self._writer = writer
         self.seq = seq
         self.waiters = waiters
+        self.failures = writer.flush_failures
 
     def io_done(self, result: int) -> None:
         self._writer.flushed(self, result)
@@ -185,6 +190,7 @@ class LogWriter:
             "log_payload_blocks": 0,
             "log_written_blocks": 0,
             "log_fdatasyncs": 0,
+            "log_durable_writes": 0,
             "log_failures": 0,
         }
 
@@ -340,7 +346,8 @@ class LogWriter:
         record.running = True
         self.counters["log_written_blocks"] += record.header_blocks + len(record.payload)
         group = self._io.begin(record)
-        self._io.log_write(group, self._offset(record.address), record.headers, words, record.payload)
+        offset = self._offset(record.address)
+        self._io.log_write(group, offset, record.headers, words, record.payload, record.durable)
 
     # --- commits ---
 
@@ -388,6 +395,8 @@ class LogWriter:
             if now_ns < self._retry_at_ns:
                 return self._retry_at_ns
             self._repeat()
+            if not self.blocked:
+                deadline_ns = now_ns  # for those who waited for that
         record = self.open
         if record is not None and not record.since_ns and (record.slots or record.zeroes):
             record.since_ns = now_ns
@@ -411,6 +420,11 @@ class LogWriter:
         return deadline_ns
 
     def _begin_commit(self) -> None:
+        if self.open is not None and not self._records:
+            # Nothing else is volatile: the engine writes it and goes on to the fdatasync without asking.
+            self.open.durable = True
+            self.counters["log_durable_writes"] += 1
+            self.counters["log_fdatasyncs"] += 1
         self.seal()
         self._commit_tags, self._next_tags = self._next_tags, []
         self._commit_seq = self.next_seq - 1
@@ -437,9 +451,11 @@ class LogWriter:
         """A record's write has ended."""
         record.running = False
         if result < 0 or record.again:
-            record.again = False
+            durable, record.durable, record.again = record.durable, False, False
             self._to_repeat.append(record)
             if result < 0:
+                if durable:
+                    self._sync_failed()
                 self.device_failed("write", result)
             return
         record.written = True
@@ -449,6 +465,8 @@ class LogWriter:
         while at < len(records) and records[at].written:
             self._written_seq += 1
             at += 1
+        if record.durable:
+            self._synced(record.seq)
         if self.blocked and not self._to_repeat and self._written_seq == self.next_seq - 1:
             self._succeeded()
 
@@ -459,16 +477,25 @@ class LogWriter:
             # What the next one would cover may have been lost with this one.
             flush.waiters += self._sync_waiters
             self._sync_waiters = []
-            self.flush_failures += 1
-            self._lose()
+            self._sync_failed()
             self.device_failed("flush", result)
+        elif flush.failures != self.flush_failures:
+            result = -EIO  # a durable write has failed meanwhile, and may have taken along what this was to cover
         else:
-            self.synced_seq = max(self.synced_seq, flush.seq)
-            if self._committing and self.synced_seq >= self._commit_seq:
-                self._end_commit()
-            self._absorb()
+            self._synced(flush.seq)
         for waiter in flush.waiters:
             waiter(result)
+
+    def _synced(self, seq: int) -> None:
+        """All records up to this one are durable."""
+        self.synced_seq = max(self.synced_seq, seq)
+        if self._committing and self.synced_seq >= self._commit_seq:
+            self._end_commit()
+        self._absorb()
+
+    def _sync_failed(self) -> None:
+        self.flush_failures += 1
+        self._lose()
 
     def _absorb(self) -> None:
         """Some records that are durable enter the index, and give back their entries and slots."""

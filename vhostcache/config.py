@@ -68,11 +68,20 @@ CACHE: Final = Range(64 * MIB, 16 * TIB, "a size from 64MiB to 16TiB, such as 8G
 SYNC_INTERVAL: Final = Range(10**6, 60 * 10**9, "a duration from 1ms to 1min, such as 1s")
 FLUSH_WINDOW: Final = Range(0, 10**8, "a duration from 0 (do not wait) to 100ms, such as 200us")
 CHECKPOINT_INTERVAL: Final = Range(10**9, 3600 * 10**9, "a duration from 1s to 1h, such as 60s")
+FILL: Final = Range(
+    4 * KIB, MIB, "a power of two from 4KiB to 1MiB, such as 64KiB", multiple_of=4096, power_of_two=True
+)
+REMOTE_FILL_BYTES: Final = 64 * KIB  # a remote backend takes as long for this as for 4 KiB
+BACKEND_TIMEOUT: Final = Range(10**6, 24 * 3600 * 10**9, "a duration from 1ms to 24h, such as 30s")
 IMAGE: Final = Range(512, 16 * TIB, "a multiple of 512 up to 16TiB, such as 4GiB", multiple_of=512)
 
 RamBytes = Annotated[int, BeforeValidator(quantity(RAM, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
 ObjectBytes = Annotated[int, BeforeValidator(quantity(OBJECT, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
 CacheBytes = Annotated[int, BeforeValidator(quantity(CACHE, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
+FillBytes = Annotated[int, BeforeValidator(quantity(FILL, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
+BackendTimeoutNs = Annotated[
+    int, BeforeValidator(quantity(BACKEND_TIMEOUT, parse_duration)), WithJsonSchema(DURATION_SCHEMA)
+]
 DestageAfterNs = Annotated[
     int, BeforeValidator(quantity(DESTAGE_AFTER, parse_duration)), WithJsonSchema(DURATION_SCHEMA)
 ]
@@ -162,6 +171,17 @@ class VolumeConfig(Model):
         5 * 10**9, description="dirty data older than this is destaged without a flush; seconds, or '500ms', '5s'"
     )
 
+    fill_size: FillBytes | None = Field(
+        None,
+        description="what is read from the backend at once, aligned, for a read that only it can answer; by default as "
+        "much as is asked for of a file, and 64KiB of a remote backend",
+    )
+    backend_timeout: BackendTimeoutNs | None = Field(
+        None,
+        description="a read that only the backend can answer fails when it has waited for so long; by default it waits "
+        "until it is answered",
+    )
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         # Destaging one object while another fills, reads that bypass the cache, and room for new writes.
@@ -185,6 +205,13 @@ class VolumeConfig(Model):
     def cache_mode(self) -> Mode:
         """Of the guest's cache: QEMU's word for it."""
         return resolve(self.mode, self.cache.writeback, self.cache.direct, self.cache.no_flush)
+
+    @property
+    def fill_bytes(self) -> int:
+        """The unit of fills."""
+        if self.fill_size is not None:
+            return self.fill_size
+        return 4 * KIB if self.backend.type == "file" else REMOTE_FILL_BYTES
 
     @property
     def serial_text(self) -> str:

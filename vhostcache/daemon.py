@@ -244,6 +244,8 @@ class Daemon:
             acknowledge_durable=not mode.writeback,
             ignore_flush=mode.no_flush,
             destage_after_ns=config.destage_after,
+            fill_bytes=config.fill_bytes,
+            backend_timeout_ns=config.backend_timeout or 0,
         )
         volume = Volume(settings, self._operations)
         return Served(config, backend, listener, volume, write_cache=mode.writeback)
@@ -288,6 +290,8 @@ class Daemon:
             acknowledge_durable=not mode.writeback,
             ignore_flush=mode.no_flush,
             destage_after_ns=config.destage_after,
+            fill_bytes=config.fill_bytes,
+            backend_timeout_ns=config.backend_timeout or 0,
             tier_entries=claim.layout.entries,
             sync_interval_ns=cache.sync_interval,
             flush_window_ns=cache.flush_window,

@@ -24,14 +24,29 @@ def _nobody(address: int) -> None:
 class ReadJob:
     """A guest's read that is put together from several parts."""
 
-    __slots__ = ("direct", "failed", "parts", "tag")
+    __slots__ = ("deadline_ns", "direct", "error", "over", "parts", "sector", "sectors", "tag", "waits")
 
-    def __init__(self, tag: int) -> None:
+    def __init__(self, tag: int, sector: int, sectors: int, deadline_ns: int) -> None:
         self.tag = tag
+        self.sector = sector
+        self.sectors = sectors
+        self.deadline_ns = deadline_ns
+        """When it stops waiting for a backend that does not answer."""
         self.parts = 0
         self.direct = False
         """Some part is read into guest memory by the backend, so the request can't be dropped."""
-        self.failed = False
+        self.error = 0
+        """The worst that has happened to a part, a negative errno."""
+        self.waits = True
+        """Every part that failed may succeed when it is tried again."""
+        self.over = False
+        """Answered, dropped, or begun anew: what still comes back for it is of no account."""
+
+    def failed(self, result: int, passing: bool) -> None:
+        """A part of it has failed; `passing`: it may succeed later."""
+        if not self.error or not passing:
+            self.error = result
+        self.waits = self.waits and passing
 
 
 class Fill:
@@ -57,7 +72,8 @@ class Fill:
 
 
 class Fills:
-    """All fills of a volume. `part_done(job, ok)` and `retry(request)` are told what waited."""
+    """All fills of a volume. What waited is told: `part_done(job, result, on_backend)`, `retry(request, result,
+    on_backend)`."""
 
     __slots__ = (
         "_cache",
@@ -78,8 +94,8 @@ class Fills:
         cache: ReadCache,
         io: BackendIo,
         size_bytes: int,
-        part_done: Callable[[ReadJob, int], None],
-        retry: Callable[[tuple[int, int, int, int, int], int], None],
+        part_done: Callable[[ReadJob, int, bool], None],
+        retry: Callable[[tuple[int, int, int, int, int], int, bool], None],
     ) -> None:
         self._map = block_map
         self._cache = cache
@@ -157,15 +173,16 @@ class Fills:
             if result == 0:
                 self._io.operations.append(op.OUT1 | fill.tag << 8 | fill.slots[0] << 32)
             else:
-                job = ReadJob(fill.tag)
+                job = ReadJob(fill.tag, fill.first * op.BLOCK_SECTORS, op.BLOCK_SECTORS, op.NEVER)
                 job.parts = 1
-                self._part_done(job, result)
+                self._part_done(job, result, True)
+        on_backend = not fill.address
         for job, payload, offset, size in fill.readers:
-            if result == 0:
+            if result == 0 and not job.over:
                 first, skip = divmod(offset, op.BLOCK_BYTES)
                 slots = fill.slots[first : (offset + size + op.BLOCK_BYTES - 1) // op.BLOCK_BYTES]
                 self._io.operations += (op.OUT | job.tag << 8 | len(slots) << 32, payload | size << 32, skip)
                 self._io.operations += slots
-            self._part_done(job, result)
+            self._part_done(job, result, on_backend)
         for request in fill.retries:
-            self._retry(request, result)
+            self._retry(request, result, on_backend)

@@ -7,6 +7,7 @@ put together from parts. What becomes of a change is the heirs' business: `volum
 Invariant: a tag is answered (completed or dropped) exactly once.
 """
 
+import heapq
 from collections import deque
 from dataclasses import dataclass
 from typing import Final
@@ -23,6 +24,12 @@ STREAM_REQUEST_SECTORS: Final = 32
 """Requests below 16 KiB are not watched for streams: S3-FIFO alone keeps a slow scan from sweeping the cache."""
 STREAMS_MAX: Final = 16
 ENODATA: Final = 61
+ETIMEDOUT: Final = 110
+DEFINITE: Final = frozenset((-14, -22, -ENODATA, -74, -95))
+"""A read that fails so does not succeed later: bad address, invalid, no data (the image has shrunk), a wrong checksum,
+not supported."""
+READ_PAUSE_FIRST_NS: Final = 100_000_000
+READ_PAUSE_MAX_NS: Final = 5_000_000_000
 INTERNAL: Final = -1
 """In place of a tag: the daemon's own commits."""
 
@@ -51,6 +58,8 @@ class VolumeSettings:
     direct_bytes: int = 128 << 10
     """Reads that miss and are as large as this go straight to guest memory: they gain little from RAM and would sweep
     it. Writes as large may go past RAM while it fills."""
+    backend_timeout_ns: int = 0
+    """A read that only the backend can answer fails after this; 0: it waits as long as it takes."""
     threshold_percent: int = 60
     """More dirty blocks than this part of RAM are destaged without waiting for their age."""
 
@@ -75,6 +84,17 @@ class GuestRequests:
         self._parked: list[Parked] = []
         """Requests that wait for a range that is being changed, or for a group; tried again once a turn."""
         self._direct: dict[DirectRead, None] = {}
+        self._alone: dict[int, int] = {}
+        """Tag -> sector << 16 | sectors, of reads that the engine completes by itself; it stays until the tag comes
+        again, of which there are as many as requests at once."""
+        self._retries: list[tuple[int, Parked]] = []
+        """What the backend has failed to read, and when it is tried again. A read's fifth word is its deadline."""
+        self._deadlines: list[tuple[int, int, ReadJob]] = []
+        """A heap of reads under way that may not wait for ever: deadline, a number, read."""
+        self._jobs_limited = 0
+        self._timeout_ns = settings.backend_timeout_ns
+        self._reads_failing = False
+        self._read_pause_ns = 0
         self._streams: dict[int, int] = {}
         """Next sector of a sequential stream -> sectors it has read."""
         self._acknowledge_durable = settings.acknowledge_durable
@@ -91,6 +111,8 @@ class GuestRequests:
         self.misses = 0
         self.flushes_received = 0
         self.room_waits = 0
+        self.read_retries = 0
+        self.read_timeouts = 0
 
     # --- what the heirs decide ---
 
@@ -109,8 +131,12 @@ class GuestRequests:
         """The tags that wait for commits, which forget them."""
         raise NotImplementedError
 
-    def _retry_filled(self, request: Parked, result: int) -> None:
-        """A fill that a parked request waited for has ended."""
+    def _filled(self, request: Parked) -> None:
+        """A fill that a parked change waited for has ended well."""
+        raise NotImplementedError
+
+    def _read(self, tag: int, sector: int, sectors: int, deadline_ns: int) -> None:
+        """A read; `deadline_ns` as it was when it began, 0: it begins now."""
         raise NotImplementedError
 
     # --- the engine ---
@@ -119,8 +145,11 @@ class GuestRequests:
         """The engine has reported that a group of I/O operations has ended, or that a request which it was to complete
         has failed."""
         if group & op.FAILED_TAG:
-            self._notice_error("read", result)
-            self._complete(group & ~op.FAILED_TAG, op.STATUS_IOERR)
+            tag = group & ~op.FAILED_TAG
+            place = self._alone.pop(tag)
+            job = ReadJob(tag, place >> 16, place & 0xFFFF, op.NEVER)
+            job.failed(result, result not in DEFINITE)
+            self._read_over(job)
         else:
             self._io.done(group, result)
 
@@ -135,6 +164,7 @@ class GuestRequests:
         assert not self._room
         assert not self._parked
         assert not self._direct
+        assert not self._retries
 
     def _resize(self, size_bytes: int) -> None:
         """The disk is that large from now on, and was smaller. Requests that wait lie within what it was."""
@@ -155,8 +185,10 @@ class GuestRequests:
         append = self._operations.append
         dropped = [tag for tag in self._drop_commits() if tag >= 0]
         dropped += [request[1] for request in (*self._room, *self._parked)]
+        dropped += [request[1] for _, request in self._retries]
         self._room.clear()
         self._parked.clear()
+        self._retries.clear()
         jobs: dict[int, ReadJob] = {}
         for fill in self._fills.running:
             dropped += [request[1] for request in fill.retries]
@@ -166,7 +198,10 @@ class GuestRequests:
                 fill.tag = NOBODY
             jobs.update((id(reader[0]), reader[0]) for reader in fill.readers if not reader[0].direct)
             fill.readers = [reader for reader in fill.readers if reader[0].direct]
-        dropped += [job.tag for job in jobs.values()]
+        for job in jobs.values():
+            if not job.over:
+                job.over = True
+                dropped.append(job.tag)
         for tag in dropped:
             append(op.DROP | tag << 8)
 
@@ -241,6 +276,23 @@ class GuestRequests:
             (start - first * op.BLOCK_SECTORS) * op.SECTOR_BYTES,
         )
 
+    def _is_absent(self, block: int) -> bool:
+        """Whether only the backend has it, and nobody reads it yet."""
+        return block not in self._map.where and block not in self._fills.by_block
+
+    def _fill_range(self, first: int, end: int) -> tuple[int, int]:
+        """Grow a run of absent blocks to whole fill units, as far as its neighbours are absent too."""
+        unit = self._fill_blocks
+        if unit > 1:
+            absent = self._is_absent
+            lowest = first - first % unit
+            highest = min(end + -end % unit, (self._size_sectors + op.BLOCK_SECTORS - 1) // op.BLOCK_SECTORS)
+            while first > lowest and absent(first - 1):
+                first -= 1
+            while end < highest and absent(end):
+                end += 1
+        return first, end
+
     def _copy_out(self, tag: int, sector: int, sectors: int, first: int, end: int) -> None:
         payload, size, skip = self._part_bytes(sector, sectors, first, end)
         where, hits = self._map.where, self._cache.hits
@@ -256,18 +308,90 @@ class GuestRequests:
         job.parts += 1
         fill.readers.append((job, payload, (first - fill.first) * op.BLOCK_BYTES + skip, size))
 
-    def _part_done(self, job: ReadJob, result: int) -> None:
+    def _part_done(self, job: ReadJob, result: int, on_backend: bool) -> None:
         job.parts -= 1
         if result < 0:
-            job.failed = True
-            self._notice_error("read", result)
-        if job.parts == 0:
-            self._complete(job.tag, op.STATUS_IOERR if job.failed else op.STATUS_OK)
+            job.failed(result, on_backend and result not in DEFINITE)
+        if job.parts == 0 and not job.over:
+            self._read_over(job)
 
     def direct_done(self, read: "DirectRead", result: int) -> None:
         """A read into guest memory has ended."""
         del self._direct[read]
-        self._part_done(read.job, result)
+        self._part_done(read.job, result, not read.address)
+
+    def _retry_filled(self, request: Parked, result: int, on_backend: bool) -> None:
+        """A fill that a parked change waited for has ended. A change waits for the backend as long as it takes."""
+        if result == 0:
+            self._filled(request)
+        elif on_backend and result not in DEFINITE:
+            self._retry_later(request, result)
+        else:
+            self._notice_error("read", result)
+            self._complete(request[1], op.STATUS_IOERR)
+
+    # --- reads that the backend does not answer ---
+
+    def _new_job(self, tag: int, sector: int, sectors: int, deadline_ns: int) -> ReadJob:
+        if not deadline_ns:
+            deadline_ns = self.now_ns + self._timeout_ns if self._timeout_ns else op.NEVER
+        return ReadJob(tag, sector, sectors, deadline_ns)
+
+    def _limit(self, job: ReadJob) -> None:
+        """Parts of the read are under way: it is not to wait for them longer than its deadline."""
+        if job.deadline_ns < op.NEVER:
+            self._jobs_limited += 1
+            heapq.heappush(self._deadlines, (job.deadline_ns, self._jobs_limited, job))
+
+    def _read_over(self, job: ReadJob) -> None:
+        """All parts of a read have ended, or there are none."""
+        job.over = True
+        if not job.error:
+            if self._reads_failing:
+                self._reads_recovered()
+            self._complete(job.tag, op.STATUS_OK)
+        elif not job.waits or self.now_ns >= job.deadline_ns:
+            self._notice_error("read", job.error)
+            self._complete(job.tag, op.STATUS_IOERR)
+        else:
+            self._retry_later((op.REQUEST_READ, job.tag, job.sector, job.sectors, job.deadline_ns), job.error)
+
+    def _retry_later(self, request: Parked, result: int) -> None:
+        """The backend has failed to read for it."""
+        if not self._reads_failing:
+            self._reads_failing = True
+            self._read_pause_ns = READ_PAUSE_FIRST_NS
+            self.notices.append(("backend-error", {"operation": "read", "errno": -result}))
+        at_ns = self.now_ns + self._read_pause_ns
+        if request[0] & op.REQUEST_KIND_MASK == op.REQUEST_READ:
+            at_ns = min(at_ns, max(request[4], self.now_ns))
+        self._retries.append((at_ns, request))
+
+    def _reads_recovered(self) -> None:
+        self._reads_failing = False
+        self._retries = [(0, request) for _, request in self._retries]
+        self.notices.append(("backend-recovered", {}))
+
+    def _retry_reads(self, now_ns: int) -> int:
+        """Try again what is due, fail what has waited for too long. Returns when to look again, in ns."""
+        deadlines = self._deadlines
+        while deadlines and (deadlines[0][2].over or deadlines[0][0] <= now_ns):
+            job = heapq.heappop(deadlines)[2]
+            # What the backend reads into guest memory may still come.
+            if not job.over and not job.direct:
+                job.over = True
+                self.read_timeouts += 1
+                self._notice_error("read", -ETIMEDOUT)
+                self._complete(job.tag, op.STATUS_IOERR)
+        due = [request for at_ns, request in self._retries if at_ns <= now_ns]
+        if due:
+            self._retries = [retry for retry in self._retries if retry[0] > now_ns]
+            self._read_pause_ns = min(2 * self._read_pause_ns, READ_PAUSE_MAX_NS)
+            self.read_retries += len(due)
+            for request in due:
+                self._execute(request)
+        at_ns = min((retry[0] for retry in self._retries), default=op.NEVER)
+        return min(at_ns, deadlines[0][0]) if deadlines else at_ns
 
     def _notice_error(self, operation: str, result: int) -> None:
         """Tell the operator, at most once a second."""

@@ -237,6 +237,8 @@ class LogVolume(GuestRequests):
         if self._room:
             self._admit_waiting()
             deadline_ns = min(deadline_ns, self._pacer.deadline_ns())
+        if self._retries or self._deadlines:
+            deadline_ns = min(deadline_ns, self._retry_reads(now_ns))
         if self._draining or self._closing:
             self._advance_end()
         if self._swept != self._checkpointer.count:
@@ -355,6 +357,9 @@ class LogVolume(GuestRequests):
             "evictions": self._cache.evictions,
             "room_waits": self.room_waits,
             "waiting_for_room": len(self._room),
+            "waiting_for_backend": len(self._retries),
+            "read_retries": self.read_retries,
+            "read_timeouts": self.read_timeouts,
             "volatile_blocks": writer.volatile_blocks,
             "log_blocks": writer.ring_blocks,
             "log_used_blocks": writer.head - superblock.tail_address,
@@ -378,7 +383,7 @@ class LogVolume(GuestRequests):
         if kind == op.REQUEST_FLUSH:
             self._flush(tag)
         elif kind == op.REQUEST_READ:
-            self._read(tag, sector, sectors)
+            self._read(tag, sector, sectors, payload)
         elif self._room or not self._may_pass(request):
             self._room.append(request)
         elif not self._change(what, tag, sector, sectors, payload):
@@ -419,16 +424,14 @@ class LogVolume(GuestRequests):
         writer.completed.clear()
         return writer.drop_waiters() + completed
 
-    def _retry_filled(self, request: Parked, result: int) -> None:
-        if result < 0:
-            self._notice_error("read", result)
-            if self._favourite == request[1]:
-                self._let_go()
-            self._complete(request[1], op.STATUS_IOERR)
-        else:
-            # Ahead of those that wait for room: it came before them, and the block might be evicted again while it
-            # waits.
-            self._change(*request)
+    def _filled(self, request: Parked) -> None:
+        # Ahead of those that wait for room: it came before them, and the block might be evicted again while it waits.
+        self._change(*request)
+
+    def _retry_filled(self, request: Parked, result: int, on_backend: bool) -> None:
+        if result < 0 and self._favourite == request[1]:
+            self._let_go()
+        super()._retry_filled(request, result, on_backend)
 
     # --- changes ---
 
@@ -658,22 +661,22 @@ class LogVolume(GuestRequests):
         offset = fmt.offset_bytes(address, self._writer.ring_blocks)
         return self._fills.begin_log(first, slots, address, offset)
 
-    def _read(self, tag: int, sector: int, sectors: int) -> None:
+    def _read(self, tag: int, sector: int, sectors: int, deadline_ns: int) -> None:
         """Each run of blocks from where it is: RAM, a fill in flight, the log, or the backend."""
         first, end = sector >> 3, (sector + sectors + 7) >> 3
         if self._io.spare() < end - first:
-            self._parked.append((op.REQUEST_READ, tag, sector, sectors, 0))
+            self._parked.append((op.REQUEST_READ, tag, sector, sectors, deadline_ns))
             return
         ragged = bool((sector | sectors) & 7)
         if ragged and not self._room_for(2):
             # The log is read in whole blocks, which have to go somewhere.
-            self._parked.append((op.REQUEST_READ, tag, sector, sectors, 0))
+            self._parked.append((op.REQUEST_READ, tag, sector, sectors, deadline_ns))
             self._writer.commit_soon()
             return
         stream = sectors >= STREAM_REQUEST_SECTORS and self._is_stream(sector, sectors)
         bypass = stream or sectors >= self._direct_sectors
         where, by_block, lookup = self._map.where, self._fills.by_block, self._index.lookup
-        job = ReadJob(tag)
+        job = self._new_job(tag, sector, sectors, deadline_ns)
         block = first
         while block < end:
             start = block
@@ -702,12 +705,15 @@ class LogVolume(GuestRequests):
                 self.hits += block - start
                 continue
             self.misses += block - start
-            if bypass and not value and start == first and block == end:
+            if bypass and not value and start == first and block == end and not self._timeout_ns:
+                self._alone[tag] = sector << 16 | sectors
                 self._io.read_request(tag, sector * op.SECTOR_BYTES, sectors * op.SECTOR_BYTES)
                 return
             self._fetch(job, sector, sectors, start, block, value >> 1, bypass)
         if job.parts == 0:
-            self._complete(tag, op.STATUS_IOERR if job.failed else op.STATUS_OK)
+            self._complete(tag, op.STATUS_OK)
+        else:
+            self._limit(job)
 
     def _run_end(self, start: int, end: int, value: int) -> int:
         """How far blocks are where `start` is: all zero, in a row in the log, or on the backend."""
@@ -724,6 +730,9 @@ class LogVolume(GuestRequests):
             block += 1
         return block
 
+    def _is_absent(self, block: int) -> bool:
+        return super()._is_absent(block) and not self._index.lookup(block)
+
     def _fetch(self, job: ReadJob, sector: int, sectors: int, first: int, end: int, address: int, bypass: bool) -> None:
         """A run of blocks that only the log (0: the backend) has: through slots, so that they stay, or, if RAM has no
         room or nothing to gain, directly."""
@@ -731,7 +740,16 @@ class LogVolume(GuestRequests):
         whole = size == (end - first) * op.BLOCK_BYTES
         last = (sector + sectors + 7) >> 3
         wanted = end - first + (1 if (sector | sectors) & 7 and end < last else 0)  # leaves one for a ragged end
-        if not (bypass and (whole or not address)) and self._room_for(wanted):
+        if not address and (self._timeout_ns or not bypass):  # what is read into guest memory cannot be abandoned
+            fill_first, fill_end = (first, end) if bypass else self._fill_range(first, end)
+            more = fill_end - fill_first - (end - first)
+            if more and not self._room_for(wanted + more):
+                fill_first, fill_end, more = first, end, 0
+            if more or self._room_for(wanted):
+                fill = self._begin_fill(fill_first, fill_end - fill_first, 0)
+                self._join(job, fill, sector, sectors, first, end)
+                return
+        elif address and not (bypass and whole) and self._room_for(wanted):
             self._join(job, self._begin_fill(first, end - first, address), sector, sectors, first, end)
             return
         assert whole or not address

@@ -58,6 +58,7 @@ class Volume(GuestRequests):
         )
         self._ranges = Ranges(self._map, self._fills, self._destager, self._io, settings.size_bytes, self._range_done)
         self._piece_blocks = max(1, usable // 4)
+        self._simple_misses = self._fill_blocks == 1 and not self._timeout_ns
         self._direct_blocks = usable * settings.threshold_percent // 133
         self.notices = self._destager.notices
 
@@ -118,6 +119,8 @@ class Volume(GuestRequests):
             or self._quiescing
             or self._draining
             or destager.lost_zeroes
+            or self._retries
+            or self._deadlines
         ):
             return self._tick_slowly(now_ns)
         deadline = destager.schedule(now_ns)
@@ -137,6 +140,8 @@ class Volume(GuestRequests):
         if self._draining and not destager.committing and not destager.settled:
             destager.commit(INTERNAL)
         deadline = destager.schedule(now_ns)
+        if self._retries or self._deadlines:
+            deadline = min(deadline, self._retry_reads(now_ns))
         self._complete_committed()
         if destager.lost_zeroes and now_ns >= destager.retry_at_ns:
             self._ranges.repeat_lost()
@@ -185,6 +190,9 @@ class Volume(GuestRequests):
             "evictions": self._cache.evictions,
             "room_waits": self.room_waits,
             "waiting_for_room": len(self._room),
+            "waiting_for_backend": len(self._retries),
+            "read_retries": self.read_retries,
+            "read_timeouts": self.read_timeouts,
             **self._fills.counters,
             **destager.counters,
         }
@@ -206,7 +214,7 @@ class Volume(GuestRequests):
         if self._ranges.active and self._overlaps_range(request):
             self._parked.append(request)
         elif kind == op.REQUEST_READ:
-            self._read(tag, sector, sectors)
+            self._read(tag, sector, sectors, payload)
         elif self._room:
             self._room.append(request)
         elif not self._change(what, tag, sector, sectors, payload):
@@ -255,7 +263,7 @@ class Volume(GuestRequests):
         """A read of a block that the map does not have; False: it takes the long way."""
         fills = self._fills
         if (
-            self._fill_blocks > 1
+            not self._simple_misses
             or block in fills.by_block
             or block >= self._whole_blocks
             or self._ranges.active
@@ -268,6 +276,7 @@ class Volume(GuestRequests):
         if slot:
             fills.begin(block, [slot]).tag = tag
         else:
+            self._alone[tag] = block << 19 | op.BLOCK_SECTORS
             self._io.read_request(tag, block * op.BLOCK_BYTES, op.BLOCK_BYTES)
         return True
 
@@ -432,16 +441,16 @@ class Volume(GuestRequests):
 
     # --- reads ---
 
-    def _read(self, tag: int, sector: int, sectors: int) -> None:
+    def _read(self, tag: int, sector: int, sectors: int, deadline_ns: int) -> None:
         """Each run of blocks from where it is: RAM, a fill in flight, or the backend."""
         if self._io.available() < op.BLOCK_SECTORS:
-            self._parked.append((op.REQUEST_READ, tag, sector, sectors, 0))
+            self._parked.append((op.REQUEST_READ, tag, sector, sectors, deadline_ns))
             return
         stream = sectors >= STREAM_REQUEST_SECTORS and self._is_stream(sector, sectors)
         bypass = stream or sectors >= self._direct_sectors
         first, end = sector >> 3, (sector + sectors + 7) >> 3
         where, by_block = self._map.where, self._fills.by_block
-        job = ReadJob(tag)
+        job = self._new_job(tag, sector, sectors, deadline_ns)
         block = first
         while block < end:
             start = block
@@ -459,19 +468,22 @@ class Volume(GuestRequests):
             else:
                 while block < end and block not in where and block not in by_block:
                     block += 1
-                if bypass and start == first and block == end:
+                if bypass and start == first and block == end and not self._timeout_ns:
                     self.misses += end - first
+                    self._alone[tag] = sector << 16 | sectors
                     self._io.read_request(tag, sector * op.SECTOR_BYTES, sectors * op.SECTOR_BYTES)
                     return
                 self._fetch(job, sector, sectors, start, block, bypass)
                 self.misses += block - start
         if job.parts == 0:
             self._operations.append(op.COMPLETE | tag << 8)
+        else:
+            self._limit(job)
 
     def _fetch(self, job: ReadJob, sector: int, sectors: int, first: int, end: int, bypass: bool) -> None:
         """Blocks that only the backend has: through slots, so that they stay, or, if RAM has no room or nothing to
         gain, directly."""
-        if not bypass:
+        if not bypass or self._timeout_ns:  # what is read into guest memory cannot be abandoned
             fill_first, fill_end = self._fill_range(first, end)
             if self._room_for(fill_end - fill_first):
                 fill = self._fills.begin(fill_first, self._map.take(fill_end - fill_first))
@@ -484,24 +496,8 @@ class Volume(GuestRequests):
         self._direct[read] = None
         self._io.read_direct(self._io.begin(read), job.tag, payload, first * op.BLOCK_BYTES + skip, size)
 
-    def _fill_range(self, first: int, end: int) -> tuple[int, int]:
-        """Grow a run of absent blocks to whole fill units, as far as its neighbours are absent too."""
-        unit = self._fill_blocks
-        if unit > 1:
-            where, by_block = self._map.where, self._fills.by_block
-            lowest = first - first % unit
-            highest = min(end + -end % unit, (self.size_bytes + op.BLOCK_BYTES - 1) // op.BLOCK_BYTES)
-            while first > lowest and first - 1 not in where and first - 1 not in by_block:
-                first -= 1
-            while end < highest and end not in where and end not in by_block:
-                end += 1
-        return first, end
-
-    def _retry_filled(self, request: Parked, result: int) -> None:
-        if result < 0:
-            self._notice_error("read", result)
-            self._complete(request[1], op.STATUS_IOERR)
-        elif self._ranges.active and self._overlaps_range(request):
+    def _filled(self, request: Parked) -> None:
+        if self._ranges.active and self._overlaps_range(request):
             self._parked.append(request)
         else:
             # Ahead of those that wait for room: it came before them, and the block might be evicted again while it

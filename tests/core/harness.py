@@ -87,6 +87,7 @@ class Harness:
         acknowledge_durable: bool = False,
         fill_blocks: int = 1,
         direct_blocks: int = 32,
+        timeout_ns: int = 0,
     ) -> None:
         self.size_sectors = size_sectors
         self.operations: list[int] = []
@@ -100,6 +101,7 @@ class Harness:
                 fill_bytes=fill_blocks * BLOCK,
                 destage_after_ns=1000,
                 direct_bytes=direct_blocks * BLOCK,
+                backend_timeout_ns=timeout_ns,
             ),
             self.operations,
             groups=groups + 64,
@@ -187,12 +189,17 @@ class Harness:
 
     def turn(self) -> None:
         """What the daemon does in a turn: requests, tick, operations."""
+        self.turn_until()
+
+    def turn_until(self) -> int:
+        """The same; returns when the core wants the next one."""
         if self.incoming:
             columns = list(zip(*self.incoming, strict=True))
             self.incoming = []
             self.volume.requests(*columns, self.now_ns)
-        self.volume.tick(self.now_ns)
+        deadline_ns = self.volume.tick(self.now_ns)
         self.execute()
+        return max(deadline_ns, self.now_ns)
 
     def advance(self, duration_ns: int) -> None:
         self.now_ns += duration_ns
@@ -289,7 +296,7 @@ class Harness:
 
     # --- the backend ---
 
-    def end_io(self, index: int, fail: bool = False) -> None:
+    def end_io(self, index: int, fail: bool = False, errno: int = EIO) -> None:
         """One I/O ends, well or badly; the caller chooses which."""
         io = self.io.pop(index % len(self.io))
         first, count = io.offset // SECTOR, io.size // SECTOR
@@ -315,7 +322,7 @@ class Harness:
         elif io.kind == op.FLUSH:
             self._end_flush(io, fail)
         if fail:
-            self.group_result[io.group] = -EIO
+            self.group_result[io.group] = -errno
         self.group_pending[io.group] -= 1
         if not self.group_pending[io.group]:
             del self.group_pending[io.group]

@@ -4,6 +4,7 @@ from tests.core.harness import SECTOR, Harness, sector_bytes
 from vhostcache import operations as op
 from vhostcache.map import CLEAN, DIRTY
 
+SECOND_NS = 1_000_000_000
 MINUTE_NS = 60_000_000_000
 
 
@@ -462,18 +463,87 @@ def test_fill_units_are_read_whole_where_nothing_is_cached() -> None:
     assert harness.map.state[harness.map.where[4]] == CLEAN
 
 
-def test_a_failed_read_is_an_error_for_its_request_only() -> None:
+def wait_for_io(harness: Harness) -> None:
+    """Let time pass until the core asks something of the backend, or has answered everything."""
+    for _ in range(100):
+        deadline_ns = harness.turn_until()
+        if harness.io or not harness.live:
+            return
+        assert deadline_ns < op.NEVER
+        harness.now_ns = deadline_ns
+    raise AssertionError("nothing happens")
+
+
+def test_a_read_that_the_backend_fails_is_tried_again_until_it_succeeds() -> None:
     harness = Harness()
     harness.submit(op.REQUEST_READ, 0, 8)
     harness.turn()
-    harness.end_io(0, fail=True)
+    pauses = []
+    for _ in range(9):
+        harness.end_io(0, fail=True)
+        began_ns = harness.now_ns
+        wait_for_io(harness)
+        pauses.append(harness.now_ns - began_ns)
+    assert pauses[:3] == [100_000_000, 200_000_000, 400_000_000]
+    assert pauses[-1] == 5_000_000_000
+    assert harness.errors == 0
+    finish_io(harness)
+    assert not harness.live
+    assert [notice[0] for notice in harness.volume.notices] == ["backend-error", "backend-recovered"]
+
+
+def test_a_part_of_a_block_waits_for_the_backend_that_has_the_rest() -> None:
+    harness = Harness(timeout_ns=SECOND_NS)
+    harness.submit(op.REQUEST_WRITE, 3, 2)
     harness.turn()
-    assert harness.errors == 1
+    for _ in range(5):
+        harness.end_io(0, fail=True)
+        wait_for_io(harness)
+    finish_io(harness)
+    assert harness.errors == 0
+    assert not harness.live
+    harness.settle()
+
+
+def test_a_read_fails_after_the_time_that_it_may_wait_and_no_other_does() -> None:
+    harness = Harness(timeout_ns=SECOND_NS)
     harness.submit(op.REQUEST_READ, 0, 8)
     harness.turn()
+    harness.advance(SECOND_NS // 2)
+    harness.submit(op.REQUEST_READ, 80, 120)
+    harness.turn()
+    harness.advance(SECOND_NS // 2)
+    harness.turn()
+    assert (harness.errors, len(harness.live)) == (1, 1)  # although the backend still has both
     finish_io(harness)
+    assert (harness.errors, len(harness.live)) == (1, 0)
+    assert harness.volume.statistics()["read_timeouts"] == 1
+
+
+def test_a_read_that_fails_again_and_again_fails_for_good_at_its_time() -> None:
+    harness = Harness(timeout_ns=SECOND_NS)
+    harness.submit(op.REQUEST_READ, 0, 8)
+    harness.turn()
+    while harness.live:
+        assert harness.now_ns <= 2 * SECOND_NS
+        if harness.io:
+            harness.end_io(0, fail=True)
+        else:
+            wait_for_io(harness)
     assert harness.errors == 1
-    assert not harness.live
+    assert harness.now_ns > SECOND_NS
+
+
+def test_what_waits_for_the_backend_is_given_back_when_the_queue_stops() -> None:
+    harness = Harness()
+    harness.submit(op.REQUEST_READ, 0, 8)
+    harness.submit(op.REQUEST_WRITE, 83, 2)
+    harness.turn()
+    harness.end_io(0, fail=True)
+    harness.end_io(0, fail=True)
+    harness.turn()
+    assert harness.volume.statistics()["waiting_for_backend"] == 2
+    assert harness.reconnect() == 2
 
 
 def test_draining_leaves_nothing_dirty() -> None:
@@ -558,12 +628,27 @@ def test_a_block_read_once_leaves_a_full_cache_alone_and_one_read_twice_gets_in(
     harness.settle()
 
 
-def test_a_read_past_ram_that_fails_is_answered_with_an_error() -> None:
+def test_a_read_past_ram_that_fails_is_tried_again() -> None:
     harness = Harness(size_sectors=8 * 96, slots=3 + 8)
     harness.submit(op.REQUEST_READ, 0, 320)
     harness.turn()
     assert kinds(harness) == [op.READ_DIRECT]
     harness.end_io(0, fail=True)
     harness.turn()
-    assert harness.errors == 1
+    harness.advance(MINUTE_NS)
+    harness.turn()
+    assert kinds(harness) == [op.READ_DIRECT]
+    finish_io(harness)
+    assert harness.errors == 0
+    assert not harness.live
+
+
+def test_a_read_that_cannot_succeed_is_answered_with_an_error_at_once() -> None:
+    harness = Harness(size_sectors=8 * 96, slots=3 + 8)
+    for sectors in (8, 320):
+        harness.submit(op.REQUEST_READ, 0, sectors)
+        harness.turn()
+        harness.end_io(0, fail=True, errno=61)
+        harness.turn()
+    assert harness.errors == 2
     assert not harness.live

@@ -686,7 +686,8 @@ class World:
                 self.now_ns < self.backend_outage_until_ns or self.rng.random() < self.sizes.backend_faults
             )
         if failed:
-            self.guest.errors_allowed = True
+            # What a backend refuses is tried again.
+            self.guest.errors_allowed = self.guest.errors_allowed or on_cache
             self.states[_FAILURES[io.kind]] += 1
         return failed
 

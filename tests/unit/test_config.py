@@ -97,6 +97,7 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
     assert (cache.path, cache.size, cache.ram_dir) == (None, None, None)
     assert (cache.sync_interval, cache.flush_window, cache.checkpoint_interval) == (10**9, 0, 60 * 10**9)
     assert (cache.destage, cache.drain_on_exit) == (True, False)
+    assert (volume.fill_bytes, volume.backend_timeout) == (4096, None)
 
 
 # Each: a change of GOOD, and what the one line has to say.
@@ -126,6 +127,8 @@ REFUSED = [
     ("ram: 64MiB", "ram: on", "volumes[0].ram: found true", "from 8MiB"),
     ("ram: 64MiB", "ram: 1.5", "volumes[0].ram: found '1.5'", "from 8MiB"),
     ("ram: 64MiB", "ram: 8388609", "volumes[0].ram: found '8388609'", "in steps of 4KiB"),
+    ("mode: writeback", "fill_size: 12KiB", "volumes[0].fill_size: found '12KiB'", "power of two from 4KiB to 1MiB"),
+    ("mode: writeback", "backend_timeout: 0", "volumes[0].backend_timeout: found '0'", "from 1ms to 24h"),
     ("object_size: 1M", "object_size: 32MiB", "volumes[0].ram: ram 64MiB is too small", "at least 128MiB"),
     ("object_size: 1M", "object_size: 3MiB", "volumes[0].object_size: found '3MiB'", "power of two"),
     ("object_size: 1M", "object_size: 4KiB", "volumes[0].object_size: found '4KiB'", "from 64KiB to 64MiB"),

@@ -8,6 +8,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "backend.h"
 #include "io.h"
 
 uint64_t clock_ns(void)
@@ -54,6 +55,12 @@ bool watch_add(vhc_engine *engine, int fd, uint32_t events, uint64_t data)
     return epoll_ctl(engine->epoll_fd, EPOLL_CTL_ADD, fd, &event) == 0;
 }
 
+bool watch_change(vhc_engine *engine, int fd, uint32_t events, uint64_t data)
+{
+    struct epoll_event event = {.events = events, .data.u64 = data};
+    return epoll_ctl(engine->epoll_fd, EPOLL_CTL_MOD, fd, &event) == 0;
+}
+
 void watch_remove(vhc_engine *engine, int fd)
 {
     struct epoll_event none = {0};
@@ -67,6 +74,8 @@ vhc_engine *vhc_engine_new(const vhc_engine_config *config, char *error, size_t 
     if (!engine)
         return NULL;
     engine->config = *config;
+    engine->ended_last = &engine->ended_first;
+    engine->backends_due_ns = BACKEND_NEVER;
     engine->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     engine->volumes = calloc(VHC_MAX_VOLUMES, sizeof *engine->volumes);
     engine->now_ns = clock_ns();
@@ -93,6 +102,7 @@ void vhc_engine_free(vhc_engine *engine)
             request_free(engine->by_tag[i]);
     for (uint32_t i = 0; i < engine->volumes_count; i++)
         volume_destroy(engine->volumes[i]);
+    backends_destroy(engine);
     for (uint32_t i = 0; i < engine->request_chunks.count; i++)
         free(engine->request_chunks.items[i]);
     if (engine->epoll_fd >= 0)
@@ -125,6 +135,8 @@ int vhc_turn(vhc_engine *engine, const uint64_t *operations, uint32_t words, int
     engine->stats.turns++;
     engine->now_ns = clock_ns();
     operations_run(engine, operations, words);
+    if (engine->push_first)
+        backends_push(engine);
     engine->driver->flush(engine);
     poll_turn(engine, timeout_ns);
 

@@ -2,6 +2,7 @@
  *
  *   engine ─┬─ volume ──┬─ slab, descriptors, groups              (volume.c, slab.c)
  *           │           ├─ RAM tier's entries, log's checksums    (tier.c, log.c)
+ *           │           ├─ stack of backends                      (backend.c, backend_file.c)
  *           │           └─ connection ── queues, guest memory     (export.c, messages.c, memory.c, queue.c)
  *           ├─ requests, by tag                                   (request.c)
  *           ├─ I/O in flight, and the driver that does it         (io.c, io_uring.c, io_threads.c)
@@ -30,6 +31,7 @@
 struct volume;
 struct connection;
 struct io;
+struct backend;
 
 /* A growing array of results. */
 #define VHC_VECTOR(type) \
@@ -55,7 +57,8 @@ struct request {
     uint16_t queue, head;
     uint8_t kind;
     bool dropped;        /* by the core, while a direct read is still on its way into guest memory */
-    uint32_t direct;     /* direct reads in flight */
+    uint32_t direct;     /* direct reads and writes in flight */
+    struct io *direct_ios; /* those on the backend, by io->sibling */
     uint32_t sectors, writable_bytes; /* of device-writable memory: data and status */
     uint64_t sector;
     uint64_t popped_ns;
@@ -127,8 +130,14 @@ struct log {
     uint32_t previous_crc; /* of the header composed last */
 };
 
-/* The two files that I/O goes to. */
+/* What I/O goes to. */
 enum io_target { IO_BACKEND, IO_CACHE, IO_TARGETS };
+
+/* A file as the drivers of io.h know it. */
+struct io_file {
+    int fd;    /* or -1 */
+    int fixed; /* its index among the registered files, or -1 */
+};
 
 struct volume {
     vhc_engine *engine;
@@ -145,9 +154,11 @@ struct volume {
     uint8_t *slab;
     int slab_fd;
     int buffer_base; /* first index among the registered buffers, or -1 */
-    int descriptor[IO_TARGETS]; /* of a file, or -1 */
-    int fixed_file[IO_TARGETS]; /* its index among the registered files, or -1 */
-    int kept_buffer_base, kept_file[IO_TARGETS]; /* what the driver keeps for the next time that storage is attached, or -1 */
+    int kept_buffer_base; /* what the driver keeps for the next time that storage is attached, or -1 */
+    struct backend *backend; /* the top of its stack */
+    uint64_t size_bytes;
+    uint32_t align_mem[IO_TARGETS], align_io[IO_TARGETS]; /* what each asks of addresses, and of offsets and lengths */
+    struct io_file cache_file;
     struct tier tier;
     struct log log;
     struct group *groups;
@@ -183,6 +194,13 @@ struct vhc_engine {
     VHC_VECTOR(struct io *) io_chunks;
     uint32_t ios_in_flight; /* given to the driver */
     uint32_t syncs_in_flight; /* of them, those that a thread of the kernel's works at, perhaps on our processor */
+    uint32_t remote_ios;    /* given to servers */
+    VHC_VECTOR(struct backend *) backends; /* by number; NULL: closed */
+    struct backend *push_first;
+    uint64_t backends_due_ns; /* the earliest tick */
+    uint32_t submitting;      /* calls of submit() on the stack: an end is reported when they are over */
+    bool ending;              /* nobody wants to hear of anything any more */
+    struct io *ended_first, **ended_last;
     void *zeroes;           /* for writing zeroes where fallocate cannot */
 
     uint64_t now_ns, epoll_ns, accept_retry_ns;
@@ -204,7 +222,7 @@ struct vhc_engine {
 };
 
 /* What epoll reports: kind in the top byte, volume or watch number in the low half, queue between. */
-enum watch_kind { WATCH_LISTEN = 1, WATCH_SOCKET, WATCH_KICK, WATCH_DRIVER, WATCH_OTHER };
+enum watch_kind { WATCH_LISTEN = 1, WATCH_SOCKET, WATCH_KICK, WATCH_DRIVER, WATCH_BACKEND, WATCH_OTHER };
 #define WATCH(kind, queue, number) ((uint64_t)(kind) << 56 | (uint64_t)(queue) << 32 | (uint32_t)(number))
 
 /* engine.c */
@@ -213,6 +231,7 @@ void engine_done(vhc_engine *engine, uint32_t volume, uint32_t group, int32_t re
 void *engine_grow(void *items, uint32_t *size, size_t item_bytes);
 uint64_t clock_ns(void);
 bool watch_add(vhc_engine *engine, int fd, uint32_t events, uint64_t data);
+bool watch_change(vhc_engine *engine, int fd, uint32_t events, uint64_t data);
 void watch_remove(vhc_engine *engine, int fd);
 
 /* operations.c */
@@ -220,6 +239,8 @@ void operations_run(vhc_engine *engine, const uint64_t *operations, uint32_t wor
 
 /* poll.c */
 void poll_turn(vhc_engine *engine, int64_t timeout_ns);
+/* Nothing but backends, until *done. False: a signal has come first. */
+bool poll_backends(vhc_engine *engine, const bool *done);
 
 /* volume.c */
 void volume_destroy(struct volume *volume);

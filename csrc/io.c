@@ -33,6 +33,7 @@ bool io_create(vhc_engine *engine, char *error, size_t error_bytes)
 
 void io_destroy(vhc_engine *engine)
 {
+    engine->ending = true;
     if (engine->driver_state) {
         while (engine->ios_in_flight) {
             engine->driver->wait(engine);
@@ -40,6 +41,7 @@ void io_destroy(vhc_engine *engine)
             engine->driver->flush(engine);
         }
         engine->driver->destroy(engine);
+        engine->driver_state = NULL;
     }
     for (uint32_t i = 0; i < engine->io_chunks.count; i++)
         free(engine->io_chunks.items[i]);
@@ -49,9 +51,8 @@ void io_destroy(vhc_engine *engine)
 }
 
 /* The number of I/Os is bounded by groups and requests. Without memory for one nothing can go on: malloc's failure is fatal here. */
-static struct io *io_new(struct volume *volume, enum io_target target, enum io_kind kind, uint32_t group, uint32_t segments)
+static struct io *take_free(vhc_engine *engine, enum io_target target, enum io_kind kind, uint32_t segments)
 {
-    vhc_engine *engine = volume->engine;
     if (!engine->free_ios) {
         struct io *chunk = calloc(CHUNK, sizeof *chunk);
         assert(chunk);
@@ -66,33 +67,45 @@ static struct io *io_new(struct volume *volume, enum io_target target, enum io_k
     struct io *io = engine->free_ios;
     engine->free_ios = io->next;
     io->next = NULL;
-    io->volume = volume;
+    io->volume = NULL;
     io->request = NULL;
+    io->file = NULL;
+    io->at = NULL;
+    io->sync_done = NULL;
     io->kind = kind;
     io->target = target;
     io->check = CHECK_NONE;
-    io->way = 0;
+    io->may_unmap = io->abandoned = io->remembered = false;
     io->background = target == IO_BACKEND && (kind == IO_WRITE || kind == IO_ZERO);
     io->durable = io->syncing = false;
     io->retries = 0;
-    io->group = group;
     io->iov_first = io->iov_count = 0;
     io->bounce = NULL;
     io->buffer = -1;
     io->iov = segments <= IO_INLINE_IOV ? io->inline_iov : malloc(segments * sizeof(struct iovec));
     assert(io->iov);
+    return io;
+}
+
+static struct io *io_new(struct volume *volume, enum io_target target, enum io_kind kind, uint32_t group, uint32_t segments)
+{
+    struct io *io = take_free(volume->engine, target, kind, segments);
+    io->volume = volume;
+    io->group = group;
+    if (target == IO_CACHE)
+        io->file = &volume->cache_file;
     assert(group < VHC_GROUPS || group == IO_NO_GROUP);
     if (group != IO_NO_GROUP)
         volume->groups[group].pending++;
     return io;
 }
 
-static void io_free(vhc_engine *engine, struct io *io)
+void io_free(vhc_engine *engine, struct io *io)
 {
     if (io->iov != io->inline_iov)
         free(io->iov);
     free(io->bounce);
-    if (io->check)
+    if (io->remembered)
         free(io->whole);
     io->next = engine->free_ios;
     engine->free_ios = io;
@@ -112,7 +125,7 @@ static void choose_buffer(struct io *io)
 {
     struct volume *volume = io->volume;
     io->buffer = -1;
-    if (volume->buffer_base < 0 || io->iov_first + 1 != io->iov_count)
+    if (!volume || volume->buffer_base < 0 || io->iov_first + 1 != io->iov_count)
         return;
     uintptr_t first = (uintptr_t)io->iov[io->iov_first].iov_base - (uintptr_t)volume->slab;
     uintptr_t last = first + io->iov[io->iov_first].iov_len - 1;
@@ -120,7 +133,7 @@ static void choose_buffer(struct io *io)
         io->buffer = volume->buffer_base + (int)(first >> 30);
 }
 
-static void start(vhc_engine *engine, struct io *io)
+void io_start(vhc_engine *engine, struct io *io)
 {
     if ((io->kind == IO_READ || io->kind == IO_WRITE) && !io->request)
         choose_buffer(io);
@@ -142,6 +155,14 @@ static void count(struct io *io)
     }
 }
 
+static void start(struct io *io)
+{
+    if (io->target == IO_BACKEND)
+        backend_submit(io->volume, io);
+    else
+        io_start(io->volume->engine, io);
+}
+
 /* Count it, and start it now or when the writes before it have ended. */
 static void issue(struct io *io)
 {
@@ -155,7 +176,7 @@ static void issue(struct io *io)
         }
         volume->writes_in_flight++;
     }
-    start(volume->engine, io);
+    start(io);
 }
 
 static void write_ended(struct volume *volume)
@@ -169,18 +190,39 @@ static void write_ended(struct volume *volume)
         volume->waiting_last = &volume->waiting_first;
     io->next = NULL;
     volume->writes_in_flight++;
-    start(volume->engine, io);
+    start(io);
 }
 
-/* Remember all of a read of the log, to verify it when it has ended. */
-static void check_when_read(struct io *io)
+/* What is left of it will be changed while it is continued. */
+static void remember(struct io *io)
 {
-    io->check = CHECK_FIRST;
-    io->whole = malloc(io->iov_count * sizeof *io->whole);
+    if (io->remembered)
+        return;
+    io->remembered = true;
+    io->whole = malloc((io->iov_count + 1) * sizeof *io->whole);
     assert(io->whole);
     memcpy(io->whole, io->iov, io->iov_count * sizeof *io->whole);
     io->whole_count = io->iov_count;
     io->whole_offset = io->offset;
+    io->whole_bytes = io->bytes;
+}
+
+static void restore(struct io *io)
+{
+    if (!io->remembered)
+        return;
+    io->offset = io->whole_offset;
+    io->bytes = io->whole_bytes;
+    io->iov_first = 0;
+    io->iov_count = io->whole_count;
+    memcpy(io->iov, io->whole, io->whole_count * sizeof *io->whole);
+}
+
+/* Of a read of the log, to verify it when it has ended. */
+static void check_when_read(struct io *io)
+{
+    io->check = CHECK_FIRST;
+    remember(io);
 }
 
 static void transfer_slots(struct volume *volume, enum io_target target, enum io_kind kind, uint32_t group, uint64_t offset, uint64_t bytes,
@@ -227,8 +269,8 @@ void io_record(struct volume *volume, uint32_t group, uint64_t offset, const uin
 static void use_bounce(struct io *io, uint64_t align)
 {
     uint64_t head = io->offset & (align - 1), bytes = (head + io->bytes + align - 1) & ~(align - 1);
-    size_t memory_align = io->volume->config.align_mem_bytes > VHC_BLOCK ? io->volume->config.align_mem_bytes : VHC_BLOCK;
-    int problem = posix_memalign((void **)&io->bounce, memory_align, bytes);
+    uint32_t memory_align = io->volume->align_mem[io->target];
+    int problem = posix_memalign((void **)&io->bounce, memory_align > VHC_BLOCK ? memory_align : VHC_BLOCK, bytes);
     assert(!problem);
     io->bounce_skip = (uint32_t)head;
     io->bounce_bytes = (uint32_t)io->bytes;
@@ -242,7 +284,6 @@ void io_direct(struct request *request, enum io_target target, enum io_kind kind
                uint64_t bytes)
 {
     struct volume *volume = request->connection->volume;
-    const vhc_volume_config *config = &volume->config;
     assert(request->kind == (kind == IO_READ ? VHC_REQ_READ : VHC_REQ_WRITE));
     assert(bytes && payload_offset + bytes <= request->payload_bytes);
     struct io *io = io_new(volume, target, kind, group, request->payload_count);
@@ -253,7 +294,7 @@ void io_direct(struct request *request, enum io_target target, enum io_kind kind
     io->payload_offset = payload_offset;
     uintptr_t addresses = 0, lengths = offset | bytes;
     /* A checksum is of a block in one piece. */
-    uint32_t align_io = target == IO_CACHE && config->align_io_bytes < VHC_BLOCK ? VHC_BLOCK : config->align_io_bytes;
+    uint32_t align_io = target == IO_CACHE && volume->align_io[target] < VHC_BLOCK ? VHC_BLOCK : volume->align_io[target];
     const struct iovec *segment = request->payload;
     uint64_t skip = payload_offset, left = bytes;
     while (skip >= segment->iov_len)
@@ -267,12 +308,16 @@ void io_direct(struct request *request, enum io_target target, enum io_kind kind
         addresses |= (uintptr_t)io->iov[i].iov_base;
         lengths |= io->iov[i].iov_len;
     }
-    if (addresses & (config->align_mem_bytes - 1) || lengths & (align_io - 1)) {
+    if (addresses & (volume->align_mem[target] - 1) || lengths & (align_io - 1)) {
         assert(kind == IO_READ);
         use_bounce(io, target == IO_CACHE ? VHC_BLOCK : align_io);
     }
-    if (target == IO_CACHE)
+    if (target == IO_CACHE) {
         check_when_read(io);
+    } else {
+        io->sibling = request->direct_ios;
+        request->direct_ios = io;
+    }
     request->direct++;
     request->connection->guest_io++;
     issue(io);
@@ -315,8 +360,56 @@ void io_zero(struct volume *volume, uint32_t group, uint64_t offset, uint64_t by
     struct io *io = io_new(volume, IO_BACKEND, IO_ZERO, group, IO_INLINE_IOV);
     io->offset = offset;
     io->bytes = bytes;
-    io->way = may_unmap ? ZERO_PUNCH : ZERO_RANGE;
+    io->may_unmap = may_unmap;
     issue(io);
+}
+
+struct io *io_new_sync(vhc_engine *engine, enum io_kind kind, uint64_t offset, uint64_t bytes, const void *data)
+{
+    struct io *io = take_free(engine, IO_BACKEND, kind, IO_INLINE_IOV);
+    io->offset = offset;
+    io->bytes = bytes;
+    io->background = false;
+    if (kind > IO_WRITE)
+        return io;
+    if (posix_memalign((void **)&io->bounce, 1u << 20, bytes)) {
+        io->bounce = NULL;
+        io_free(engine, io);
+        return NULL;
+    }
+    io->bounce_skip = 0;
+    io->bounce_bytes = (uint32_t)bytes;
+    if (data)
+        memcpy(io->bounce, data, bytes);
+    add_memory(io, io->bounce, bytes);
+    return io;
+}
+
+static void unlink_direct(struct io *io)
+{
+    struct io **at = &io->request->direct_ios;
+    if (io->target != IO_BACKEND)
+        return;
+    while (*at != io)
+        at = &(*at)->sibling;
+    *at = io->sibling;
+}
+
+bool io_abandon(struct request *request)
+{
+    struct io *io = request->direct_ios;
+    while (io) {
+        struct io *next = io->sibling;
+        if (io->kind == IO_READ && backend_abandon(io)) {
+            unlink_direct(io);
+            io->abandoned = true;
+            io->request = NULL;
+            request->direct--;
+            request->connection->guest_io--;
+        }
+        io = next;
+    }
+    return !request->direct;
 }
 
 /* A direct read has ended, well or not. */
@@ -324,6 +417,7 @@ static void leave_guest(struct io *io, int32_t result)
 {
     struct request *request = io->request;
     struct connection *connection = request->connection;
+    unlink_direct(io);
     connection->guest_io--;
     request->direct--;
     if (result == -EFAULT && !io->bounce)
@@ -348,6 +442,8 @@ static void leave_guest(struct io *io, int32_t result)
 static void finish_alone(vhc_engine *engine, struct io *io, int32_t result)
 {
     struct request *request = io->request;
+    if (!request) /* abandoned */
+        return;
     bool dropped = request->dropped;
     leave_guest(io, result);
     if (dropped)
@@ -358,9 +454,19 @@ static void finish_alone(vhc_engine *engine, struct io *io, int32_t result)
         request_complete(request, VBLK_OK);
 }
 
-static void finish(vhc_engine *engine, struct io *io, int32_t result)
+void io_finish(vhc_engine *engine, struct io *io, int32_t result)
 {
     struct volume *volume = io->volume;
+    if (!volume) { /* vhc_backend_sync_io()'s */
+        io->result = result;
+        if (io->sync_done)
+            *io->sync_done = true;
+        else
+            io_free(engine, io);
+        return;
+    }
+    if (io->abandoned)
+        result = 0;
     if (result && io->target == IO_BACKEND)
         volume->stats.backend_errors++;
     else if (result)
@@ -384,8 +490,8 @@ static void finish(vhc_engine *engine, struct io *io, int32_t result)
     io_free(engine, io);
 }
 
-/* `done` bytes were transferred: true if there is more to do. */
-static bool advance(struct io *io, uint64_t done)
+/* `done` bytes were transferred, and there is more to do. */
+static void advance(struct io *io, uint64_t done)
 {
     io->offset += done;
     io->bytes -= done;
@@ -398,7 +504,11 @@ static bool advance(struct io *io, uint64_t done)
         if (!segment->iov_len)
             io->iov_first++;
     }
-    return io->bytes != 0;
+}
+
+static uint32_t align_of(const struct io *io)
+{
+    return io->target == IO_BACKEND ? io->at->facts.align_io_bytes : io->volume->align_io[IO_CACHE];
 }
 
 /* Is what the guest asked for all there, though what was asked of the file is not? The file may end within the last aligned piece. */
@@ -455,6 +565,23 @@ static bool verify(struct io *io, int32_t *result)
     return false;
 }
 
+/* A file, device or server has said all that it has to say to this. */
+static void settled(vhc_engine *engine, struct io *io, int32_t result)
+{
+    if (io->target == IO_BACKEND) {
+        restore(io);
+        backend_done(io->at, io, result);
+    } else if (!result && io->check && verify(io, &result)) {
+        io_start(engine, io);
+    } else if (!result && io->durable && !io->syncing) {
+        io->syncing = true;
+        io->volume->stats.log_ops[IO_FLUSH]++;
+        io_start(engine, io);
+    } else {
+        io_finish(engine, io, result);
+    }
+}
+
 void io_ended(vhc_engine *engine, struct io *io)
 {
     int32_t result = io->result;
@@ -467,28 +594,23 @@ void io_ended(vhc_engine *engine, struct io *io)
     } else if (io->kind == IO_ZERO && io->way != ZERO_WRITE) {
         again = result < 0 && retry_zero(engine, io, result);
         result = result < 0 ? result : 0;
+    } else if (io->kind != IO_FLUSH && !io->syncing && result >= 0 && (uint64_t)result == io->bytes) {
+        result = 0;
     } else if (io->kind != IO_FLUSH && !io->syncing && result >= 0) {
+        remember(io);
         if (result == 0) {
             result = io->bounce && bounce_suffices(io) ? 0 : io->kind == IO_READ ? -ENODATA : -EIO;
-        } else if (advance(io, (uint64_t)result)) {
-            uint32_t align = io->volume->config.align_io_bytes;
-            bool end = io->kind == IO_READ && io->offset & (align - 1); /* direct I/O is cut there by the end of the file only */
+        } else {
+            advance(io, (uint64_t)result);
+            bool end = io->kind == IO_READ && io->offset & (align_of(io) - 1); /* direct I/O is cut there by the end of the file only */
             again = !end;
             result = !end || (io->bounce && bounce_suffices(io)) ? 0 : -ENODATA;
             if (again && io->kind == IO_ZERO)
                 zero_by_writing(engine, io);
-        } else {
-            result = 0;
         }
     }
-    if (!again && !result && io->check)
-        again = verify(io, &result);
-    if (!again && !result && io->durable && !io->syncing) {
-        again = io->syncing = true;
-        io->volume->stats.log_ops[IO_FLUSH]++;
-    }
     if (again)
-        start(engine, io);
+        io_start(engine, io);
     else
-        finish(engine, io, result);
+        settled(engine, io, result);
 }

@@ -29,7 +29,7 @@ struct pool {
 
 static int32_t perform(struct io *io)
 {
-    int fd = io->volume->descriptor[io->target];
+    int fd = io->file->fd;
     struct iovec *iov = &io->iov[io->iov_first];
     int count = (int)(io->iov_count - io->iov_first);
     ssize_t result = -1;
@@ -151,6 +151,12 @@ static void pool_remove_volume(vhc_engine *engine, struct volume *volume)
     (void)engine, (void)volume;
 }
 
+static void pool_file(vhc_engine *engine, struct io_file *file)
+{
+    (void)engine;
+    file->fixed = -1;
+}
+
 static void pool_submit(vhc_engine *engine, struct io *io)
 {
     struct pool *pool = engine->driver_state;
@@ -210,6 +216,8 @@ const struct io_driver io_threads_driver = {
     .destroy = pool_destroy,
     .add_volume = pool_add_volume,
     .remove_volume = pool_remove_volume,
+    .add_file = pool_file,
+    .remove_file = pool_file,
     .submit = pool_submit,
     .flush = pool_flush,
     .reap = pool_reap,

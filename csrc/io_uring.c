@@ -18,12 +18,14 @@
 #define BUFFERS 16384u
 #define BUFFER_BYTES (1ull << 30) /* the kernel's limit for one */
 #define BATCH 64
+#define FILES (2 * VHC_MAX_VOLUMES) /* a backend and a cache file each */
 
 struct uring {
     struct io_uring ring;
     int event_fd;
     bool enabled, buffers, files;
-    uint32_t buffers_used, files_used;
+    uint32_t buffers_used, files_used, free_files_count;
+    int free_files[FILES];
     struct io *waiting_first, **waiting_last; /* beyond what the completion ring holds */
     uint32_t in_kernel;
 };
@@ -69,7 +71,7 @@ static void *uring_create(vhc_engine *engine, char *error, size_t error_bytes)
     }
     fcntl(uring->ring.ring_fd, F_SETFD, FD_CLOEXEC);
     uring->buffers = io_uring_register_buffers_sparse(&uring->ring, BUFFERS) == 0;
-    uring->files = io_uring_register_files_sparse(&uring->ring, VHC_MAX_VOLUMES) == 0;
+    uring->files = io_uring_register_files_sparse(&uring->ring, FILES) == 0;
     uring->waiting_last = &uring->waiting_first;
     io_uring_cq_eventfd_toggle(&uring->ring, false);
     engine->stats.io_uring = 1;
@@ -84,15 +86,29 @@ static void uring_destroy(vhc_engine *engine)
     free(uring);
 }
 
-/* At the index that the volume has had before, or at a new one. */
-static int register_file(struct uring *uring, int fd, int *kept)
+static void uring_add_file(vhc_engine *engine, struct io_file *file)
 {
-    int index = *kept >= 0 ? *kept : (int)uring->files_used;
-    if (fd < 0 || !uring->files || index >= VHC_MAX_VOLUMES || io_uring_register_files_update(&uring->ring, (unsigned)index, &fd, 1) != 1)
-        return -1;
-    if (*kept < 0)
+    struct uring *uring = engine->driver_state;
+    int index = uring->free_files_count ? uring->free_files[uring->free_files_count - 1] : (int)uring->files_used;
+    file->fixed = -1;
+    if (file->fd < 0 || !uring->files || index >= FILES || io_uring_register_files_update(&uring->ring, (unsigned)index, &file->fd, 1) != 1)
+        return;
+    if (uring->free_files_count)
+        uring->free_files_count--;
+    else
         uring->files_used++;
-    return *kept = index;
+    file->fixed = index;
+}
+
+static void uring_remove_file(vhc_engine *engine, struct io_file *file)
+{
+    struct uring *uring = engine->driver_state;
+    int nothing = -1;
+    if (file->fixed < 0)
+        return;
+    io_uring_register_files_update(&uring->ring, (unsigned)file->fixed, &nothing, 1); /* the ring would keep it open, and locked */
+    uring->free_files[uring->free_files_count++] = file->fixed;
+    file->fixed = -1;
 }
 
 static uint32_t pieces_of(const struct volume *volume)
@@ -105,8 +121,6 @@ static void uring_add_volume(vhc_engine *engine, struct volume *volume)
     struct uring *uring = engine->driver_state;
     uint64_t bytes = (uint64_t)volume->config.slots * VHC_BLOCK;
     uint32_t pieces = pieces_of(volume);
-    for (int target = 0; target < IO_TARGETS; target++)
-        volume->fixed_file[target] = register_file(uring, volume->descriptor[target], &volume->kept_file[target]);
     uint32_t first = volume->kept_buffer_base >= 0 ? (uint32_t)volume->kept_buffer_base : uring->buffers_used;
     if (!uring->buffers || first + pieces > BUFFERS)
         return;
@@ -127,12 +141,6 @@ static void uring_add_volume(vhc_engine *engine, struct volume *volume)
 static void uring_remove_volume(vhc_engine *engine, struct volume *volume)
 {
     struct uring *uring = engine->driver_state;
-    int nothing = -1;
-    for (int target = 0; target < IO_TARGETS; target++) {
-        if (volume->fixed_file[target] >= 0)
-            io_uring_register_files_update(&uring->ring, (unsigned)volume->fixed_file[target], &nothing, 1);
-        volume->fixed_file[target] = -1;
-    }
     if (volume->buffer_base < 0)
         return;
     uint32_t pieces = pieces_of(volume);
@@ -147,8 +155,7 @@ static void uring_remove_volume(vhc_engine *engine, struct volume *volume)
 
 static void prepare(struct io_uring_sqe *sqe, struct io *io)
 {
-    struct volume *volume = io->volume;
-    int fixed = volume->fixed_file[io->target], fd = fixed >= 0 ? fixed : volume->descriptor[io->target];
+    int fixed = io->file->fixed, fd = fixed >= 0 ? fixed : io->file->fd;
     struct iovec *iov = &io->iov[io->iov_first];
     uint32_t count = io->iov_count - io->iov_first;
     switch (io->kind) {
@@ -298,6 +305,8 @@ const struct io_driver io_uring_driver = {
     .destroy = uring_destroy,
     .add_volume = uring_add_volume,
     .remove_volume = uring_remove_volume,
+    .add_file = uring_add_file,
+    .remove_file = uring_remove_file,
     .submit = uring_submit,
     .flush = uring_flush,
     .reap = uring_reap,

@@ -56,7 +56,7 @@ static void backend_operation(vhc_engine *engine, struct stream *stream, uint32_
         return;
     }
     const uint64_t *words = take(stream, 3);
-    assert(words[1] <= volume->config.size_bytes && words[2] <= volume->config.size_bytes - words[1]);
+    assert(words[1] <= volume->size_bytes && words[2] <= volume->size_bytes - words[1]);
     if (opcode == VHC_OP_ZERO)
         io_zero(volume, (uint32_t)words[0], words[1], words[2], arg & 1);
     else
@@ -173,7 +173,7 @@ void operations_run(vhc_engine *engine, const uint64_t *operations, uint32_t wor
         case VHC_OP_WRITE_DIRECT: {
             const uint64_t *given = take(&stream, 3);
             struct request *request = request_by_tag(engine, number);
-            uint64_t size = request->connection->volume->config.size_bytes;
+            uint64_t size = request->connection->volume->size_bytes;
             assert(given[1] <= size && given[2] <= size - given[1]);
             io_direct(request, IO_BACKEND, opcode == VHC_OP_READ_DIRECT ? IO_READ : IO_WRITE, arg ? IO_NO_GROUP : (uint32_t)given[0],
                       (uint32_t)(given[0] >> 32), given[1], given[2]);

@@ -9,6 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "backend.h"
 #include "io.h"
 
 #define EVENTS 64
@@ -59,6 +60,9 @@ static void deliver(vhc_engine *engine, const struct epoll_event *event)
         break;
     case WATCH_KICK:
         kicked(engine->volumes[number], index);
+        break;
+    case WATCH_BACKEND:
+        backends_ready(engine, number, index, event->events);
         break;
     case WATCH_OTHER:
         engine_event(engine, VHC_EV_READABLE, number, 0);
@@ -186,10 +190,14 @@ static void look(vhc_engine *engine)
 {
     engine->again = false;
     engine->driver->reap(engine);
+    if (engine->ended_first || engine->now_ns >= engine->backends_due_ns)
+        backends_look(engine);
     progress(engine);
     engine->looks++;
     pop_all(engine);
     finish_popping(engine);
+    if (engine->push_first)
+        backends_push(engine);
     engine->driver->flush(engine);
 }
 
@@ -248,6 +256,11 @@ static bool sleep_for(vhc_engine *engine, int64_t timeout_ns)
         if (timeout_ns < 0 || retry_ns < timeout_ns)
             timeout_ns = retry_ns;
     }
+    if (engine->backends_due_ns != BACKEND_NEVER) {
+        int64_t due_ns = engine->backends_due_ns > engine->now_ns ? (int64_t)(engine->backends_due_ns - engine->now_ns) : 0;
+        if (timeout_ns < 0 || due_ns < timeout_ns)
+            timeout_ns = due_ns;
+    }
     if (engine->io_stalled && (timeout_ns < 0 || timeout_ns > STALLED_NS))
         timeout_ns = STALLED_NS;
     if (!engine->driver->reap(engine)) {
@@ -257,6 +270,20 @@ static bool sleep_for(vhc_engine *engine, int64_t timeout_ns)
     engine->driver->wake(engine, false);
     engine->driver->flush(engine);
     return undisturbed;
+}
+
+bool poll_backends(vhc_engine *engine, const bool *done)
+{
+    for (bool undisturbed = true; !*done && undisturbed;) {
+        engine->now_ns = clock_ns();
+        engine->driver->reap(engine);
+        backends_look(engine);
+        backends_push(engine);
+        engine->driver->flush(engine);
+        if (!*done && !engine->ended_first)
+            undisturbed = sleep_for(engine, -1);
+    }
+    return *done;
 }
 
 void poll_turn(vhc_engine *engine, int64_t timeout_ns)
@@ -275,8 +302,9 @@ void poll_turn(vhc_engine *engine, int64_t timeout_ns)
         if (engine->again || closing(engine))
             continue;
         if (!window_ns)
-            window_ns = &engine->window_ns[engine->ios_in_flight != 0];
-        if (engine->now_ns - begun_ns < *window_ns && !engine->syncs_in_flight && (engine->polled_queues || engine->ios_in_flight)) {
+            window_ns = &engine->window_ns[(engine->ios_in_flight | engine->remote_ios) != 0];
+        if (engine->now_ns - begun_ns < *window_ns && !engine->syncs_in_flight &&
+            (engine->polled_queues || engine->ios_in_flight || engine->remote_ios)) {
             engine->stats.polls += !polled;
             polled = true;
             if (engine->now_ns - engine->epoll_ns >= EPOLL_EVERY_NS)

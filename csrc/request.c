@@ -2,7 +2,7 @@
  *
  * Invariant: connection->outstanding counts the requests of a connection that have a tag. A request's memory outlives its tag only
  * while a direct read is still on its way into guest memory. */
-#include "internal.h"
+#include "io.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -44,6 +44,7 @@ struct request *request_new(struct connection *connection, uint32_t segments)
     request->connection = connection;
     request->dropped = false;
     request->direct = 0;
+    request->direct_ios = NULL;
     return request;
 }
 
@@ -157,7 +158,7 @@ void request_drop(struct request *request)
     struct connection *connection = request->connection;
     assert(connection->quiescing && connection->may_drop);
     release_tag(request);
-    if (request->direct) {
+    if (request->direct && !io_abandon(request)) {
         request->dropped = true; /* io.c frees it when the last read has ended */
     } else if (connection->state == CONNECTION_ACTIVE) {
         request->next = connection->postponed;

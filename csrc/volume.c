@@ -9,6 +9,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "backend.h"
 #include "io.h"
 
 #define ACCEPT_RETRY_NS 100000000ull /* after running out of descriptors or memory */
@@ -27,7 +28,7 @@ static void fill_config_space(struct volume *volume)
     uint32_t size_max, seg_max;
     segment_limits(volume, &size_max, &seg_max);
     struct virtio_blk_config space = {
-        .capacity = config->size_bytes / VBLK_SECTOR,
+        .capacity = volume->size_bytes / VBLK_SECTOR,
         .size_max = size_max,
         .seg_max = seg_max,
         .blk_size = VBLK_SECTOR,
@@ -84,15 +85,20 @@ static bool sound(const vhc_volume_config *config, char *error, size_t error_byt
     return !what;
 }
 
+static uint32_t larger(const uint32_t *of_targets)
+{
+    return of_targets[IO_BACKEND] > of_targets[IO_CACHE] ? of_targets[IO_BACKEND] : of_targets[IO_CACHE];
+}
+
 /* What the configuration space and the checks of requests follow from. */
 static void set_limits(struct volume *volume)
 {
     const vhc_volume_config *config = &volume->config;
-    volume->limits = (struct vblk_limits){.capacity = config->size_bytes / VBLK_SECTOR,
+    volume->limits = (struct vblk_limits){.capacity = volume->size_bytes / VBLK_SECTOR,
                                           .discard_max = config->discard_max_bytes / VBLK_SECTOR,
                                           .payload_max = VBLK_MAX_PAYLOAD,
-                                          .align_mem = config->align_mem_bytes,
-                                          .align_io = config->align_io_bytes,
+                                          .align_mem = larger(volume->align_mem),
+                                          .align_io = larger(volume->align_io),
                                           .read_only = config->read_only};
     if (config->request_max_bytes && config->request_max_bytes < VBLK_MAX_PAYLOAD)
         volume->limits.payload_max = config->request_max_bytes;
@@ -101,22 +107,28 @@ static void set_limits(struct volume *volume)
 
 static void destroy_storage(struct volume *volume)
 {
+    backend_release(volume);
     slab_destroy(volume);
     tier_destroy(volume);
     log_destroy(volume);
-    volume->descriptor[IO_BACKEND] = volume->descriptor[IO_CACHE] = -1;
+    volume->cache_file.fd = -1;
     volume->attached = false;
 }
 
 static bool create_storage(struct volume *volume, char *error, size_t error_bytes)
 {
-    volume->descriptor[IO_BACKEND] = volume->config.backend_fd;
-    volume->descriptor[IO_CACHE] = volume->config.cache_fd;
+    const vhc_volume_config *config = &volume->config;
+    volume->cache_file.fd = config->cache_fd;
+    volume->align_mem[IO_CACHE] = config->align_mem_bytes;
+    volume->align_io[IO_CACHE] = config->align_io_bytes;
+    if (!backend_adopt(volume, config->backend, error, error_bytes))
+        return false;
     if (!tier_create(volume, error, error_bytes) || !slab_create(volume, error, error_bytes) || !log_create(volume, error, error_bytes)) {
         destroy_storage(volume);
         return false;
     }
     volume->engine->driver->add_volume(volume->engine, volume);
+    volume->engine->driver->add_file(volume->engine, &volume->cache_file);
     volume->attached = true;
     return true;
 }
@@ -148,15 +160,16 @@ int vhc_volume_add(vhc_engine *engine, const vhc_volume_config *config, char *er
     volume->config.serial[sizeof volume->config.serial - 1] = 0;
     volume->listen_fd = config->listen_fd;
     volume->slab_fd = volume->buffer_base = volume->kept_buffer_base = -1;
-    for (int target = 0; target < IO_TARGETS; target++)
-        volume->descriptor[target] = volume->fixed_file[target] = volume->kept_file[target] = -1;
+    volume->cache_file = (struct io_file){-1, -1};
     volume->waiting_last = &volume->waiting_first;
     volume->connection.volume = volume;
-    set_limits(volume);
+    volume->size_bytes = config->size_bytes;
+    volume->align_mem[IO_BACKEND] = volume->align_mem[IO_CACHE] = volume->align_io[IO_BACKEND] = volume->align_io[IO_CACHE] = 1;
     if (!config->detached && !create_storage(volume, error, error_bytes)) {
         volume_free(volume);
         return -1;
     }
+    set_limits(volume);
     engine->volumes[engine->volumes_count++] = volume;
     return (int)volume->number;
 }
@@ -173,8 +186,10 @@ int vhc_volume_attach(vhc_engine *engine, uint32_t number, const vhc_volume_conf
     volume->config.listen_fd = before.listen_fd;
     volume->config.num_queues = before.num_queues;
     memcpy(volume->config.serial, before.serial, sizeof before.serial);
+    volume->size_bytes = config->size_bytes;
     if (!create_storage(volume, error, error_bytes)) {
         volume->config = before;
+        volume->size_bytes = before.size_bytes;
         return -1;
     }
     volume->config.write_cache = volume->config_space[offsetof(struct virtio_blk_config, wce)]; /* as the guest has set it meanwhile */
@@ -192,6 +207,7 @@ void vhc_volume_detach(vhc_engine *engine, uint32_t number)
     for (uint32_t i = 0; i < VHC_GROUPS; i++)
         assert(!volume->groups[i].pending);
     engine->driver->remove_volume(engine, volume);
+    engine->driver->remove_file(engine, &volume->cache_file);
     destroy_storage(volume);
     volume->config.detached = 1;
 }
@@ -264,8 +280,9 @@ int vhc_volume_grow(vhc_engine *engine, uint32_t number, uint64_t size_bytes)
 {
     assert(number < engine->volumes_count);
     struct volume *volume = engine->volumes[number];
-    assert(size_bytes >= volume->config.size_bytes && size_bytes % VBLK_SECTOR == 0);
-    volume->config.size_bytes = size_bytes;
+    assert(size_bytes >= volume->size_bytes && size_bytes % VBLK_SECTOR == 0);
+    volume->config.size_bytes = volume->size_bytes = size_bytes;
+    backend_grown(volume);
     volume->limits.capacity = size_bytes / VBLK_SECTOR;
     uint64_t capacity = htole64(volume->limits.capacity);
     memcpy(volume->config_space + offsetof(struct virtio_blk_config, capacity), &capacity, sizeof capacity);

@@ -53,6 +53,7 @@ EVENT_QUEUE: Final = 6
 EVENT_READABLE: Final = 7
 EVENT_RESUMED: Final = 8
 EVENT_BAD_REQUEST: Final = 9
+EVENT_BACKEND: Final = 10
 EVENT_HAND_OVER: Final = 11
 
 FEATURE_FLUSH: Final = 1 << 9  # VIRTIO_BLK_F_FLUSH
@@ -219,15 +220,13 @@ class Daemon:
         facts, mode = backend.facts, config.cache_mode
         common: dict[str, Any] = {
             "listen_fd": listener.detach(),
-            "backend_fd": facts.descriptor,
+            "backend": self._engine.file_backend(facts),
             "size_bytes": facts.size_bytes,
             "slots": slots_for_ram(config.ram),
             "object_bytes": config.object_size,
             "num_queues": config.num_queues,
             "read_only": config.read_only,
             "write_cache": mode.writeback,
-            "align_mem_bytes": facts.align_mem_bytes,
-            "align_io_bytes": facts.align_io_bytes,
             "write_depth": config.write_depth,
             "discard_max_bytes": DISCARD_MAX_BYTES,
             "serial": config.serial_text,
@@ -260,12 +259,9 @@ class Daemon:
         # No front-end says again what its guest has been told.
         write_cache = mode.writeback and recovered.superblock.write_cache != WRITE_CACHE_OFF
         index = self._engine.add_volume(
-            **{
-                **common,
-                "write_cache": write_cache,
-                "align_mem_bytes": max(common["align_mem_bytes"], claim.file.align_mem_bytes),
-                "align_io_bytes": max(common["align_io_bytes"], claim.file.align_io_bytes),
-            },
+            **{**common, "write_cache": write_cache},
+            align_mem_bytes=claim.file.align_mem_bytes,
+            align_io_bytes=claim.file.align_io_bytes,
             cache_fd=claim.file.descriptor,
             ring_bytes=recovered.ring_blocks * 4096,
             tier_fd=claim.tier_fd,

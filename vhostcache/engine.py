@@ -6,11 +6,13 @@ out. Nothing here decides anything. Bytes of the guest never come this way.
 
 from __future__ import annotations
 
+import os
 from array import array
 from types import TracebackType
 from typing import Any, Final, Self
 
 from vhostcache._native import ffi, lib
+from vhostcache.backend.base import Facts
 from vhostcache.errors import EngineError
 from vhostcache.operations import BLOCK_BYTES
 
@@ -32,6 +34,32 @@ _VOLUME_COUNTERS: Final = (
 )
 _VOLUME_ARRAYS: Final = ("requests", "bytes", "backend_ops", "backend_bytes", "log_ops", "log_bytes")
 _ENGINE_COUNTERS: Final = ("turns", "sleeps", "polls", "poll_hits", "io_uring", "registered_buffers")
+_FACTS_NUMBERS: Final = ("size_bytes", "align_mem_bytes", "align_io_bytes", "preferred_bytes", "max_bytes")
+_FACTS_FLAGS: Final = (
+    "read_only",
+    "can_flush",
+    "can_zero",
+    "can_trim",
+    "can_fua",
+    "can_multi_conn",
+    "wants_whole_objects",
+    "can_resize",
+    "rotational",
+)
+_FACTS: Final = _FACTS_NUMBERS + _FACTS_FLAGS
+_BACKEND_ARRAYS: Final = ("commands", "bytes")
+_BACKEND_COUNTERS: Final = (
+    "errors",
+    "losses",
+    "connects",
+    "repeated",
+    "abandoned",
+    "staged_bytes",
+    "in_flight",
+    "waiting",
+    "connections",
+)
+_READ, _WRITE, _FLUSH, _ZERO = range(4)  # kinds of I/O
 _NOTHING: Final[list[int]] = []
 
 
@@ -72,6 +100,73 @@ class TurnResult:
         self.event_kind = self.event_volume = self.event_arg = _NOTHING
 
 
+class EngineBackend:
+    """The top of a stack of backends, made by an Engine, and closed with it."""
+
+    def __init__(self, handle: Any, descriptor: int = -1) -> None:
+        self.handle = handle
+        self._descriptor = descriptor
+
+    @property
+    def facts(self) -> Facts:
+        """As they are now."""
+        found = ffi.new("vhc_backend_facts *")
+        lib.vhc_backend_read_facts(self.handle, found)
+        numbers = {name: int(getattr(found, name)) for name in _FACTS_NUMBERS}
+        flags = {name: bool(getattr(found, name)) for name in _FACTS_FLAGS}
+        return Facts(descriptor=self._descriptor, direct=found.align_io_bytes > 1, **numbers, **flags)  # type: ignore[arg-type]
+
+    @property
+    def message(self) -> str:
+        """What the last VHC_EV_BACKEND was about, or ""."""
+        return str(ffi.string(lib.vhc_backend_message(self.handle)).decode(errors="replace"))
+
+    def statistics(self) -> dict[str, Any]:
+        """The fields of vhc_backend_stats, arrays as lists."""
+        stats = ffi.new("vhc_backend_stats *")
+        lib.vhc_read_backend_stats(self.handle, stats)
+        result: dict[str, Any] = {name: int(getattr(stats, name)) for name in _BACKEND_COUNTERS}
+        result.update((name, list(getattr(stats, name))) for name in _BACKEND_ARRAYS)
+        return result
+
+    # For tools, and before a volume has it: each call waits. OSError: the backend's answer, or a signal (EINTR).
+
+    def read(self, offset_bytes: int, size_bytes: int) -> bytes:
+        """Data."""
+        buffer = ffi.new("char[]", size_bytes)
+        self._wait(_READ, offset_bytes, buffer, size_bytes)
+        return bytes(ffi.buffer(buffer, size_bytes))
+
+    def write(self, offset_bytes: int, data: bytes | bytearray | memoryview) -> None:
+        """Not durable before the next flush."""
+        self._wait(_WRITE, offset_bytes, ffi.from_buffer(data), len(data))
+
+    def flush(self) -> None:
+        """Make durable what has been written."""
+        self._wait(_FLUSH, 0, ffi.NULL, 0)
+
+    def zero(self, offset_bytes: int, size_bytes: int) -> None:
+        """Write zeroes."""
+        self._wait(_ZERO, offset_bytes, ffi.NULL, size_bytes)
+
+    def close(self) -> None:
+        """Earlier than the engine. No volume has it."""
+        if self.handle != ffi.NULL:
+            lib.vhc_backend_close(self.handle)
+            self.handle = ffi.NULL
+
+    def _wait(self, kind: int, offset_bytes: int, buffer: Any, size_bytes: int) -> None:
+        result = int(lib.vhc_backend_sync_io(self.handle, kind, offset_bytes, buffer, size_bytes))
+        if result:
+            raise OSError(-result, os.strerror(-result))
+
+
+def _checked_handle(handle: Any, error: Any) -> Any:
+    if handle == ffi.NULL:
+        raise EngineError("backend", ffi.string(error).decode(errors="replace"))
+    return handle
+
+
 class Engine:
     """`poll_max_us` bounds adaptive polling (0: never poll); `force_threads` does without io_uring."""
 
@@ -105,24 +200,33 @@ class Engine:
             lib.vhc_engine_free(self._engine)
             self._engine = ffi.NULL
 
+    # Backends.
+
+    def file_backend(self, facts: Facts) -> EngineBackend:
+        """A file or a device. `facts.descriptor` stays the caller's, who keeps it open until the engine is closed."""
+        error = ffi.new("char[]", _ERROR_BYTES)
+        given = ffi.new("vhc_backend_facts *", {name: getattr(facts, name) for name in _FACTS})
+        handle = lib.vhc_backend_file(self._engine, facts.descriptor, given, error, _ERROR_BYTES)
+        return EngineBackend(_checked_handle(handle, error), facts.descriptor)
+
     # Volumes.
 
     def add_volume(
         self,
         *,
         listen_fd: int,
-        backend_fd: int,
+        backend: EngineBackend | None,
         size_bytes: int,
         slots: int,
         object_bytes: int,
         num_queues: int,
         read_only: bool,
         write_cache: bool,
-        align_mem_bytes: int,
-        align_io_bytes: int,
         write_depth: int,
         discard_max_bytes: int,
         serial: str,
+        align_mem_bytes: int = 1,
+        align_io_bytes: int = 1,
         cache_fd: int = -1,
         ring_bytes: int = 0,
         tier_fd: int = -1,
@@ -136,7 +240,7 @@ class Engine:
         """The volume's number: 0, 1, ... The engine takes `listen_fd` over, if it takes the volume.
 
         The other descriptors stay the caller's and open. With `cache_fd` there is a log, with a ring of `ring_bytes`;
-        with `tier_fd` the slots lie in the RAM-tier file. The alignments are the larger of backend and cache file.
+        with `tier_fd` the slots lie in the RAM-tier file. The alignments are the cache file's; without one they are 1.
         `detached`: it has no storage until it is added once more, with `attach_to` its number; then `listen_fd`,
         `num_queues` and `serial` do not count, and it has no storage any more after `detach_volume`.
         """
@@ -145,7 +249,7 @@ class Engine:
             "vhc_volume_config *",
             {
                 "listen_fd": listen_fd,
-                "backend_fd": backend_fd,
+                "backend": ffi.NULL if backend is None else backend.handle,
                 "size_bytes": size_bytes,
                 "slots": slots,
                 "object_bytes": object_bytes,
@@ -188,7 +292,7 @@ class Engine:
         lib.vhc_volume_stop(self._engine, self._checked(index))
 
     def detach_volume(self, index: int) -> None:
-        """All its I/O has ended and its requests are settled: its storage may be closed then."""
+        """All its I/O has ended and its requests are settled: its backend and files may be closed then."""
         lib.vhc_volume_detach(self._engine, self._checked(index))
 
     def hold_volume(self, index: int, hold: bool) -> None:

@@ -858,18 +858,22 @@ static void set_up(void)
     engine = vhc_engine_new(&config, error, sizeof(error));
     if (!engine)
         FINDING("%s", error);
+    vhc_backend_facts facts = {.size_bytes = CAPACITY, .align_mem_bytes = 512, .align_io_bytes = 512, .can_flush = 1, .can_zero = 1};
+    vhc_backend *backend = vhc_backend_file(engine, backend_fd, &facts, error, sizeof(error));
+    if (!backend)
+        FINDING("%s", error);
     vhc_volume_config volume = {
         .listen_fd = listen_fd,
-        .backend_fd = backend_fd,
+        .backend = backend,
+        .size_bytes = CAPACITY,
         .cache_fd = -1,
         .tier_fd = -1,
-        .size_bytes = CAPACITY,
         .slots = SLOTS,
         .object_bytes = 4 << 20,
         .num_queues = QUEUES,
         .write_cache = 1,
-        .align_mem_bytes = 512,
-        .align_io_bytes = 512,
+        .align_mem_bytes = 1,
+        .align_io_bytes = 1,
         .write_depth = 4,
         .discard_max_bytes = 2 << 20,
         .serial = "fuzz",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vhostcache import operations as op
+from vhostcache.backend.base import Facts
 
 EVENT_CONNECTED = 1
 EVENT_DISCONNECTED = 2
@@ -107,6 +108,9 @@ class FakeEngine:
         self._poll = select.poll()
 
     # The interface of vhostcache.engine.Engine.
+
+    def file_backend(self, facts: Facts) -> Facts:
+        return facts
 
     def add_volume(self, **config: Any) -> int:
         self.volumes.append(config)

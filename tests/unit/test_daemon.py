@@ -160,11 +160,11 @@ def test_the_engine_is_told_what_the_configuration_and_the_image_say(run: Run) -
     volume = run.volume(object_size="1MiB", num_queues=3, serial="S1", write_depth=5, mode="writethrough")
     run.serve(terminate, volumes=[volume])
     (given,) = run.engine.volumes
-    assert given["size_bytes"] == 64 * MIB
+    assert given["size_bytes"] == given["backend"].size_bytes == 64 * MIB
     assert given["object_bytes"] == MIB
     assert (given["num_queues"], given["serial"], given["write_depth"]) == (3, "S1", 5)
     assert (given["write_cache"], given["read_only"]) == (False, False)
-    assert given["align_io_bytes"] == 1, "writethrough goes through the page cache"
+    assert given["backend"].align_io_bytes == 1, "writethrough goes through the page cache"
     assert given["slots"] * 4096 <= 16 * MIB
 
 

@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.frontend import (
 )
 from vhostcache import engine as engine_module
 from vhostcache import operations as op
+from vhostcache.backend.base import Facts
 from vhostcache.engine import Engine, TurnResult
 from vhostcache.errors import EngineError
 
@@ -40,7 +42,13 @@ PATIENCE_S = 20.0
 class Rig:
     """An engine with one volume, and a core that answers what `answers` says: True, or the kinds of request."""
 
-    def __init__(self, folder: Path, changes: dict[str, Any] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        changes: dict[str, Any] | None = None,
+        facts: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         self.path = folder / "disk.sock"
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(self.path))
@@ -49,7 +57,8 @@ class Rig:
         self.image = os.open(folder / "disk.img", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         os.truncate(self.image, DISK_BYTES)
         self.engine = Engine(poll_max_us=0, **options)
-        self.engine.add_volume(**volume(listen_fd=listener.detach(), backend_fd=self.image, **(changes or {})))
+        self.backend = self.engine.file_backend(backend_facts(self.image, **(facts or {})))
+        self.engine.add_volume(**volume(listen_fd=listener.detach(), backend=self.backend, **(changes or {})))
         self.engine.start_volume(0)
         self.operations: list[int] = []
         self.events: list[tuple[int, int]] = []
@@ -114,10 +123,14 @@ class Rig:
         return [argument for kind, argument in self.events if kind == QUIESCE]
 
 
+def backend_facts(descriptor: int, **changes: Any) -> Facts:
+    facts = Facts(descriptor, DISK_BYTES, read_only=False, direct=False, align_mem_bytes=1, align_io_bytes=1)
+    return replace(facts, **changes)
+
+
 def volume(**changes: Any) -> dict[str, Any]:
     config = {
         "listen_fd": -1,
-        "backend_fd": -1,
         "size_bytes": DISK_BYTES,
         "slots": SLOTS,
         "object_bytes": MIB,
@@ -170,6 +183,7 @@ def test_the_cores_numbers_are_the_engines() -> None:
     [
         {"size_bytes": 0},
         {"size_bytes": 1000},
+        {"size_bytes": DISK_BYTES + 512},
         {"slots": 3},
         {"num_queues": 0},
         {"num_queues": 65},
@@ -187,8 +201,10 @@ def test_the_cores_numbers_are_the_engines() -> None:
     ],
 )
 def test_a_volume_that_cannot_be_is_refused_with_one_line(changes: dict[str, int]) -> None:
-    with Engine(poll_max_us=0) as engine, pytest.raises(EngineError) as caught:
-        engine.add_volume(**volume(**changes))
+    with Engine(poll_max_us=0) as engine:
+        backend = engine.file_backend(backend_facts(-1))
+        with pytest.raises(EngineError) as caught:
+            engine.add_volume(**volume(backend=backend, **changes))
     assert "\n" not in str(caught.value)
 
 
@@ -384,6 +400,7 @@ def test_a_volume_without_storage_answers_messages_and_takes_no_requests(rig: Ri
             f.send(GET_VRING_BASE, struct.pack("<II", 0, 0))
             rig.until(lambda: (HAND_OVER, 0) in rig.events)
             rig.engine.detach_volume(0)
+            rig.backend.close()
             rig.during(f.receive)
             assert rig.during(lambda: f.capacity) == DISK_BYTES
             rig.during(lambda: f.start(0))
@@ -391,7 +408,8 @@ def test_a_volume_without_storage_answers_messages_and_takes_no_requests(rig: Ri
             for _ in range(5):
                 rig.turn(1_000_000)
             assert not f.queues[0].is_done(write.head)
-            rig.engine.add_volume(**volume(backend_fd=rig.image), attach_to=0)
+            rig.backend = rig.engine.file_backend(backend_facts(rig.image))
+            rig.engine.add_volume(**volume(backend=rig.backend), attach_to=0)
             assert rig.during(functools.partial(f.finish, write)).status == 0
     os.close(log)
 

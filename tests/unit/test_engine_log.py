@@ -18,7 +18,7 @@ import pytest
 from crc32c import crc32c
 
 from tests.frontend import IOERR, OK, T_IN, T_OUT, Part
-from tests.unit.test_engine import Rig, volume
+from tests.unit.test_engine import Rig, backend_facts, volume
 from vhostcache import engine as engine_module
 from vhostcache import operations as op
 from vhostcache.engine import Engine
@@ -495,13 +495,14 @@ def test_a_ram_tier_file_that_is_too_small_is_refused() -> None:
     tier = os.memfd_create("tier")
     changes = tier_file(tier)
     with Engine() as engine:
+        backend = engine.file_backend(backend_facts(-1))
         os.truncate(tier, LAYOUT.size_bytes - BLOCK)
         with pytest.raises(EngineError, match="RAM-tier"):
-            engine.add_volume(**volume(**changes))
+            engine.add_volume(**volume(backend=backend, **changes))
         os.pwrite(tier, struct.pack("<Q", LAYOUT.entries + 1), log_tier.HEAD_OFFSET_BYTES)
         os.truncate(tier, LAYOUT.size_bytes)
         with pytest.raises(EngineError, match="RAM-tier"):
-            engine.add_volume(**volume(**changes))
+            engine.add_volume(**volume(backend=backend, **changes))
     os.close(tier)
 
 

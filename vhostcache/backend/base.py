@@ -20,14 +20,27 @@ from vhostcache.errors import ImageError
 
 @dataclass(frozen=True)
 class Facts:
-    """What the engine and the core need to know, true from opening to closing, but for the size, which may grow."""
+    """What the engine and the core need to know, true from opening to closing, but for the size, which may grow.
 
-    descriptor: int  # stays the backend's; the engine uses it until it has let go of the volume
+    As vhc_backend_facts in engine.cdef.
+    """
+
+    descriptor: int  # stays the backend's; the engine uses it until it has let go of the volume. -1: it is no file
     size_bytes: int  # a multiple of 512, more than 0
     read_only: bool
     direct: bool  # page cache bypassed
     align_mem_bytes: int  # what direct I/O asks of memory addresses; 1: nothing
     align_io_bytes: int  # and of offsets and lengths; 1: nothing
+    preferred_bytes: int = 0  # I/O of this size and alignment suits it; 0: nobody knows
+    max_bytes: int = 0  # larger I/O is cut into pieces of this size; 0: no limit
+    can_flush: bool = True  # otherwise a flush does nothing, and makes nothing durable
+    can_zero: bool = True
+    can_trim: bool = True
+    can_fua: bool = False
+    can_multi_conn: bool = False
+    wants_whole_objects: bool = False  # a part of an object costs it more than the whole
+    can_resize: bool = False
+    rotational: bool = False
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,12 @@ struct backend *backend_new(vhc_engine *engine, const struct backend_ops *ops, s
     return backend;
 }
 
+static void forget_sync(struct backend *top);
+
 static void destroy(struct backend *backend)
 {
+    if (!backend->engine->ending)
+        forget_sync(backend);
     if (backend->ops->close)
         backend->ops->close(backend);
     if (backend->below)
@@ -314,40 +318,61 @@ bool backend_facts_sound(const vhc_backend_facts *facts, char *error, size_t err
 
 /* ---- I/O that is waited for ---- */
 
-static int one_sync_io(struct backend *top, uint32_t kind, uint64_t offset, uint8_t *buffer, uint64_t bytes)
+/* Nobody waits for it any more: it frees itself. */
+static void forget_sync(struct backend *top)
 {
-    bool done = false;
-    struct io *io = io_new_sync(top->engine, kind, offset, bytes, kind == IO_WRITE ? buffer : NULL);
-    if (!io)
-        return -ENOMEM;
-    io->sync_done = &done;
-    submit(top, io);
-    if (!poll_backends(top->engine, &done)) {
-        io->sync_done = NULL; /* it frees itself */
-        return -EINTR;
+    if (top->sync.io)
+        top->sync.io->sync_done = NULL;
+    top->sync.io = NULL;
+}
+
+static bool begin_sync(struct backend *top)
+{
+    struct backend_sync *sync = &top->sync;
+    uint64_t left = sync->bytes - sync->position, part = left < SYNC_BYTES || sync->kind == IO_ZERO ? left : SYNC_BYTES;
+    const uint8_t *data = sync->kind == IO_WRITE ? sync->buffer + sync->position : NULL;
+    sync->io = io_new_sync(top->engine, sync->kind, sync->offset + sync->position, part, data);
+    if (!sync->io)
+        return false;
+    sync->done = false;
+    sync->io->sync_done = &sync->done;
+    submit(top, sync->io);
+    return true;
+}
+
+int vhc_backend_sync_wait(vhc_backend *top)
+{
+    struct backend_sync *sync = &top->sync;
+    while (sync->io) {
+        if (!poll_backends(top->engine, &sync->done))
+            return -EINTR;
+        struct io *io = sync->io;
+        int32_t result = io->result;
+        if (!result && sync->kind == IO_READ)
+            memcpy(sync->buffer + sync->position, io->bounce, io->bytes);
+        sync->position += io->bytes;
+        sync->io = NULL;
+        io_free(top->engine, io);
+        if (result)
+            return result;
+        if (sync->position < sync->bytes && !begin_sync(top))
+            return -ENOMEM;
     }
-    int32_t result = io->result;
-    if (!result && kind == IO_READ)
-        memcpy(buffer, io->bounce, bytes);
-    io_free(top->engine, io);
-    return result;
+    return 0;
 }
 
 int vhc_backend_sync_io(vhc_backend *top, uint32_t kind, uint64_t offset, void *buffer, uint64_t bytes)
 {
     const vhc_backend_facts *facts = &top->facts;
     assert(!top->above && !top->volume && kind <= IO_ZERO && (buffer || kind >= IO_FLUSH));
+    forget_sync(top);
+    if (kind == IO_WRITE || kind == IO_ZERO)
+        if (facts->read_only)
+            return -EROFS;
     if (kind == IO_FLUSH)
-        return one_sync_io(top, kind, 0, NULL, 0);
-    if (kind != IO_READ && facts->read_only)
-        return -EROFS;
-    if (offset > facts->size_bytes || bytes > facts->size_bytes - offset || (offset | bytes) & (facts->align_io_bytes - 1))
-        return -EINVAL;
-    for (uint64_t done = 0, part; done < bytes; done += part) {
-        part = bytes - done < SYNC_BYTES || kind == IO_ZERO ? bytes - done : SYNC_BYTES;
-        int result = one_sync_io(top, kind, offset + done, kind == IO_ZERO ? NULL : (uint8_t *)buffer + done, part);
-        if (result)
-            return result;
-    }
-    return 0;
+        offset = bytes = 0;
+    else if (!bytes || offset > facts->size_bytes || bytes > facts->size_bytes - offset || (offset | bytes) & (facts->align_io_bytes - 1))
+        return bytes ? -EINVAL : 0;
+    top->sync = (struct backend_sync){.kind = kind, .offset = offset, .bytes = bytes, .buffer = buffer};
+    return begin_sync(top) ? vhc_backend_sync_wait(top) : -ENOMEM;
 }

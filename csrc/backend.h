@@ -44,6 +44,15 @@ struct backend_ops {
     void (*close)(struct backend *backend);
 };
 
+/* One I/O, in pieces, that vhc_backend_sync_io() waits for. */
+struct backend_sync {
+    struct io *io; /* the piece in flight, or NULL */
+    bool done;
+    uint32_t kind;
+    uint64_t offset, bytes, position;
+    uint8_t *buffer;
+};
+
 struct backend {
     const struct backend_ops *ops;
     vhc_engine *engine;
@@ -55,6 +64,7 @@ struct backend {
     uint32_t number; /* among the engine's */
     uint64_t due_ns; /* of tick() */
     vhc_backend_facts facts;
+    struct backend_sync sync;
     char message[200]; /* to the last VHC_EV_BACKEND */
     void *state;
 };

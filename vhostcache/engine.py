@@ -6,6 +6,7 @@ out. Nothing here decides anything. Bytes of the guest never come this way.
 
 from __future__ import annotations
 
+import errno
 import os
 from array import array
 from types import TracebackType
@@ -129,7 +130,7 @@ class EngineBackend:
         result.update((name, list(getattr(stats, name))) for name in _BACKEND_ARRAYS)
         return result
 
-    # For tools, and before a volume has it: each call waits. OSError: the backend's answer, or a signal (EINTR).
+    # For tools, and before a volume has it: each call waits. OSError: the backend's answer.
 
     def read(self, offset_bytes: int, size_bytes: int) -> bytes:
         """Data."""
@@ -157,6 +158,8 @@ class EngineBackend:
 
     def _wait(self, kind: int, offset_bytes: int, buffer: Any, size_bytes: int) -> None:
         result = int(lib.vhc_backend_sync_io(self.handle, kind, offset_bytes, buffer, size_bytes))
+        while result == -errno.EINTR:  # whatever a signal's handler raises gets us out of here
+            result = int(lib.vhc_backend_sync_wait(self.handle))
         if result:
             raise OSError(-result, os.strerror(-result))
 

@@ -24,13 +24,15 @@ class Owner(Protocol):
 class BackendIo:
     """Appends operations of one volume; `operations` is the engine's list, shared by all volumes."""
 
-    __slots__ = ("_free", "_owners", "_volume", "operations")
+    __slots__ = ("_free", "_owners", "_volume", "operations", "reads")
 
     def __init__(self, volume: int, operations: list[int], groups: int = op.GROUPS) -> None:
         self.operations = operations
         self._volume = volume << 8
         self._free = list(range(groups - 1, -1, -1))
         self._owners: list[Owner | None] = [None] * groups
+        self.reads = 0
+        """Of the backend, for the guest, ever."""
 
     @property
     def in_flight(self) -> int:
@@ -61,6 +63,7 @@ class BackendIo:
 
     def read(self, group: int, offset_bytes: int, size_bytes: int, slots: Sequence[int]) -> None:
         """Backend to slots."""
+        self.reads += 1
         self.operations += (op.READ | self._volume | len(slots) << 32, group, offset_bytes, size_bytes)
         self.operations += slots
 
@@ -71,10 +74,12 @@ class BackendIo:
 
     def read_direct(self, group: int, tag: int, payload_bytes: int, offset_bytes: int, size_bytes: int) -> None:
         """Backend to guest memory, `payload_bytes` into the request's payload."""
+        self.reads += 1
         self.operations += (op.READ_DIRECT | tag << 8, group | payload_bytes << 32, offset_bytes, size_bytes)
 
     def read_request(self, tag: int, offset_bytes: int, size_bytes: int) -> None:
         """Backend to guest memory, a whole request, which the engine completes; only a failure is reported."""
+        self.reads += 1
         self.operations += (op.READ_DIRECT | tag << 8 | 1 << 32, 0, offset_bytes, size_bytes)
 
     def write_direct(self, group: int, tag: int, offset_bytes: int, size_bytes: int) -> None:

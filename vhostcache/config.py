@@ -64,6 +64,8 @@ QUEUES: Final = Range(1, 64, "a number from 1 to 64")
 DEPTH: Final = Range(1, 256, "a number from 1 to 256")
 POLL: Final = Range(0, 10_000, "microseconds from 0 (never poll) to 10000")
 DESTAGE_AFTER: Final = Range(10**6, 3600 * 10**9, "a duration from 1ms to 1h, such as 5s or 500ms")
+DESTAGE_THRESHOLD: Final = Range(0, 90, "a percentage from 0 to 90")
+BATCHED: Final = Range(1, 64, "a number from 1 to 64")
 CACHE: Final = Range(64 * MIB, 16 * TIB, "a size from 64MiB to 16TiB, such as 8GiB, in steps of 4KiB", multiple_of=4096)
 SYNC_INTERVAL: Final = Range(10**6, 60 * 10**9, "a duration from 1ms to 1min, such as 1s")
 FLUSH_WINDOW: Final = Range(0, 10**8, "a duration from 0 (do not wait) to 100ms, such as 200us")
@@ -96,6 +98,8 @@ CheckpointIntervalNs = Annotated[
 
 Queues = Annotated[int, BeforeValidator(quantity(QUEUES, no_text)), count_schema(QUEUES)]
 Depth = Annotated[int, BeforeValidator(quantity(DEPTH, no_text)), count_schema(DEPTH)]
+Threshold = Annotated[int, BeforeValidator(quantity(DESTAGE_THRESHOLD, no_text)), count_schema(DESTAGE_THRESHOLD)]
+Batched = Annotated[int, BeforeValidator(quantity(BATCHED, no_text)), count_schema(BATCHED)]
 PollUs = Annotated[int, BeforeValidator(quantity(POLL, no_text)), count_schema(POLL)]
 
 
@@ -168,7 +172,15 @@ class VolumeConfig(Model):
     )
     write_depth: Depth = Field(16, description="the most destaging writes in flight on the backend at once")
     destage_after: DestageAfterNs = Field(
-        5 * 10**9, description="dirty data older than this is destaged without a flush; seconds, or '500ms', '5s'"
+        5 * 10**9,
+        description="dirty data older than this is destaged without a flush; with a cache file objects that have not "
+        "been written for so long, or are dirty for twelve times that; seconds, or '500ms', '5s'",
+    )
+    destage_threshold: Threshold = Field(
+        50, description="percent of the log: with more than this not yet on the backend, destaging does not wait"
+    )
+    max_batched_objects: Batched = Field(
+        8, description="the most objects on their way to the backend at once; fewer where it gains nothing by more"
     )
 
     fill_size: FillBytes | None = Field(
@@ -195,6 +207,9 @@ class VolumeConfig(Model):
                     "least": format_size(4 * self.object_size),
                 },
             )
+        useless = [key for key in ("destage_threshold", "max_batched_objects") if key in self.model_fields_set]
+        if self.cache.path is None and useless:
+            raise PydanticCustomError("no_cache", "{key} is of no use without cache.path", {"key": useless[0]})
         if self.read_only and self.cache.path is not None:
             raise PydanticCustomError(
                 "read_only_cache", "a read_only disk has no use for a cache file; leave cache.path out", {}

@@ -293,6 +293,8 @@ class Daemon:
             flush_window_ns=cache.flush_window,
             checkpoint_interval_ns=cache.checkpoint_interval,
             destage=cache.destage,
+            destage_threshold_percent=config.destage_threshold,
+            max_batched_objects=config.max_batched_objects,
         )
         volume = LogVolume(settings, self._operations, recovered)
         recovered.records.clear()

@@ -18,11 +18,10 @@ from typing import Final
 
 from vhostcache import operations as op
 from vhostcache.backend_io import BackendIo
+from vhostcache.backoff import HINTS, Backoff
 from vhostcache.map import CLEAN, ORPHAN, WRITING, WRITTEN, Map
 from vhostcache.readcache import ReadCache
 
-RETRY_FIRST_NS: Final = 100_000_000
-RETRY_MAX_NS: Final = 5_000_000_000
 FLUSH: Final = -1
 
 
@@ -84,6 +83,7 @@ class Destager:
     """See the module. The owner calls `schedule()` once a turn; it starts what is to be started."""
 
     __slots__ = (
+        "_backoff",
         "_cache",
         "_commit_waiters",
         "_failing",
@@ -92,7 +92,6 @@ class Destager:
         "_map",
         "_next_waiters",
         "_parity",
-        "_retry_ns",
         "_running",
         "_serial",
         "_settings",
@@ -108,11 +107,11 @@ class Destager:
         "counters",
         "failed",
         "flush_failures",
+        "held",
         "in_flight",
         "lost_zeroes",
         "notices",
         "now_ns",
-        "retry_at_ns",
         "rezeroing",
         "room_wanted",
         "size_bytes",
@@ -154,8 +153,9 @@ class Destager:
         self._failing: set[int] = set()
         """Objects whose last destage failed; FLUSH stands for the backend flush."""
         self._locked: dict[int, int] = {}
-        self.retry_at_ns = 0
-        self._retry_ns = 0
+        self._backoff = Backoff()
+        self.held = 0
+        """The errno that only a person can end; 0: none."""
         self.now_ns = 0
         self._unflushed_direct = False
         """Something past RAM has been written since the last backend flush was issued."""
@@ -435,14 +435,27 @@ class Destager:
             self._unflushed_direct = False
             self.failed += self.drop_waiters()
 
+    @property
+    def retry_at_ns(self) -> int:
+        """Before this nothing is to be tried on the backend."""
+        return self._backoff.at_ns
+
+    def retry(self) -> None:
+        """Somebody says that the backend has been mended: try again at once."""
+        self._backoff.succeeded()
+
     def _failed(self, what: int, operation: str, result: int) -> None:
         """The backend is in trouble: try again later, and later still while anything fails."""
         self.counters["backend_failures"] += 1
-        if not self._failing:
-            self.notices.append(("backend-error", {"operation": operation, "errno": -result}))
+        number = -result
+        held = number in HINTS
+        if held and number != self.held:
+            self.held = number
+            self.notices.append(("backend-held", {"operation": operation, "errno": number, "hint": HINTS[number]}))
+        elif not self._failing:
+            self.notices.append(("backend-error", {"operation": operation, "errno": number}))
         self._failing.add(what)
-        self._retry_ns = min(max(2 * self._retry_ns, RETRY_FIRST_NS), RETRY_MAX_NS)
-        self.retry_at_ns = self.now_ns + self._retry_ns
+        self._backoff.failed(self.now_ns, held)
 
     def _succeeded(self, what: int) -> None:
         if self._failing:
@@ -451,8 +464,8 @@ class Destager:
                 n for n in self._failing if n != FLUSH and n not in self._map.dirty and n not in self.in_flight
             }
             if not self._failing:
-                self._retry_ns = 0
-                self.retry_at_ns = 0
+                self._backoff.succeeded()
+                self.held = 0
                 self.notices.append(("backend-recovered", {}))
 
     # --- ranges being zeroed ---

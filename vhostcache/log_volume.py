@@ -60,6 +60,14 @@ class LogVolumeSettings(VolumeSettings):
     """False: nothing is destaged but for want of room in the log, and to drain."""
     destage_threshold_percent: int = 50
     """More dirty log than this part of the ring is destaged without waiting for its age."""
+    max_batched_objects: int = 8
+    """The most objects on their way to the backend at once; it is fewer where the backend gains nothing by it."""
+    preferred_bytes: int = op.BLOCK_BYTES
+    """Of the backend: what it writes best."""
+    max_bytes: int = 0
+    """Of the backend: the most in one write; 0: any number."""
+    wants_whole_objects: bool = False
+    """Of the backend: an object is better written as a whole, and once (clusters that are compressed)."""
     record_blocks: int = fmt.RECORD_BLOCKS
 
 
@@ -107,6 +115,10 @@ class LogVolume(GuestRequests):
                 threshold_blocks=ring_blocks * settings.destage_threshold_percent // 100,
                 staging_blocks=max(object_blocks, usable // 8),
                 enabled=settings.destage,
+                objects_max=settings.max_batched_objects,
+                max_blocks=settings.max_bytes // op.BLOCK_BYTES,
+                preferred_blocks=settings.preferred_bytes // op.BLOCK_BYTES,
+                whole_objects=settings.wants_whole_objects,
             ),
             settings.size_bytes,
             self.notices,
@@ -313,6 +325,10 @@ class LogVolume(GuestRequests):
         self._checkpointer.backend_size_bytes = size_bytes
         self._checkpointer.request(grown)
 
+    def retry(self) -> None:
+        """Somebody says that the backend has been mended: what is held is tried again at once."""
+        self._destager.trouble.retry()
+
     def set_write_cache(self, enabled: bool) -> None:
         """See GuestRequests. The state outlives the process: no front-end sends it again."""
         super().set_write_cache(enabled)
@@ -371,7 +387,7 @@ class LogVolume(GuestRequests):
             "checkpoints": self._checkpointer.count,
             "rotten_blocks": len(self._destager.rotten),
             **self._fills.counters,
-            **self._destager.counters,
+            **self._destager.statistics(),
             **writer.counters,
         }
 

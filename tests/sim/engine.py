@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vhostcache.log_volume import LogVolume
 
 EIO: Final = 5
+ENOSPC: Final = 28
 EBADMSG: Final = 74
 RING_BLOCK: Final = log_format.RING_OFFSET_BYTES // BLOCK
 
@@ -507,19 +508,19 @@ class Engine:
             assert not any(other.kind == CACHE_SYNC for other in self.io), "two cache syncs at once"
         self.io.append(io)
 
-    def end_io(self, index: int, fail: bool = False) -> None:
-        """One I/O ends, well or badly; the core hears of it in the next turn."""
+    def end_io(self, index: int, fail: int = 0) -> None:
+        """One I/O ends, well or badly (an errno); the core hears of it in the next turn."""
         io = self.io[index]
         self.io[index] = self.io[-1]
         self.io.pop()
-        result = -EIO if fail else 0
+        result = -fail
         if self.trace:
             print(f"    end {io} {result}")
         kind = io.kind
         if kind in (CACHE_WRITE, BACKEND_WRITE):
             for slot, data in zip(io.slots, io.data, strict=False):
                 assert self.slab[slot] is data, f"slot {slot} changes while it is being written: {io}"
-            self.land(io, fail)
+            self.land(io, bool(fail))
             if io.durable:
                 if fail:
                     # As a failed sync: of what was written before, some may be lost.

@@ -19,6 +19,8 @@ from tests.sim.engine import (
     CACHE_READ,
     CACHE_SYNC,
     CACHE_WRITE,
+    EIO,
+    ENOSPC,
     RING_BLOCK,
     Engine,
     Io,
@@ -49,6 +51,7 @@ STATES: Final = (
     "a record is written again",
     "a record of zeroes only",
     "a request with a record of its own",
+    "backend has no space",
     "backend outage",
     "backend read failed",
     "backend sync failed",
@@ -60,6 +63,7 @@ STATES: Final = (
     "cache read failed",
     "cache sync failed",
     "cache write failed",
+    "clean blocks are written for their neighbours' sake",
     "changes wait for room",
     "checkpoint",
     "clean shutdown",
@@ -90,6 +94,7 @@ STATES: Final = (
     "the disk grows",
     "the RAM tier is read byte by byte",
     "the RAM tier's ring is full",
+    "the backend is read for a whole object",
     "the backend is read into guest memory",
     "the log is full",
     "the log is read",
@@ -139,8 +144,14 @@ class Sizes:
     checkpoint_interval_ms: int
     destage_after_ms: int
     destage: bool
+    max_batched_objects: int
+    max_blocks: int
+    """Of one write to the backend; 0: any number."""
+    wants_whole_objects: bool
     patience: float
     """Share of steps in which I/O in flight is left alone."""
+    backend_patience: float
+    """Of the I/O that would end, the share that does not, if it is on the backend: a slow one."""
     cache_faults: float
     backend_faults: float
     flips: float
@@ -229,6 +240,10 @@ def choose_independent_sizes(rng: random.Random) -> Sizes:
         checkpoint_interval_ms=(3, 20, 2000)[pick(0, 2)],
         destage_after_ms=(0, 5, 1000)[pick(0, 2)],
         destage=random_number() < 0.85,
+        max_batched_objects=(1, 2, 8)[pick(0, 2)],
+        max_blocks=(0, 0, 2)[pick(0, 2)],
+        wants_whole_objects=random_number() < 0.2,
+        backend_patience=(0.0, 0.0, 0.8)[pick(0, 2)],
         patience=(0.1, 0.4, 0.8)[pick(0, 2)],
         cache_faults=(0.02, 0.2)[pick(0, 1)] if 0.5 <= trouble < 0.65 else 0.0,
         backend_faults=(0.05, 0.4)[pick(0, 1)] if 0.6 <= trouble < 0.8 else 0.0,
@@ -280,6 +295,7 @@ class World:
         self.calm = False
         """Nothing fails for now."""
         self.backend_outage_until_ns = 0
+        self.backend_full_until_ns = 0
         self.cache_outage_until_ns = 0
         self.closed_cleanly = False
 
@@ -429,6 +445,9 @@ class World:
                 checkpoint_interval_ns=size.checkpoint_interval_ms * MILLISECOND,
                 destage_after_ns=size.destage_after_ms * MILLISECOND,
                 destage=size.destage,
+                max_batched_objects=size.max_batched_objects,
+                max_bytes=size.max_blocks * BLOCK,
+                wants_whole_objects=size.wants_whole_objects,
                 record_blocks=size.record_blocks,
                 fill_bytes=size.fill_blocks * BLOCK,
                 direct_bytes=size.direct_blocks * BLOCK,
@@ -575,6 +594,11 @@ class World:
                 self.states["the log is full"] += 1
             if volume._writer.entries_room() < 2:
                 self.states["the RAM tier's ring is full"] += 1
+            counters = volume._destager.counters
+            if counters["blocks_bridged"]:
+                self.states["clean blocks are written for their neighbours' sake"] += 1
+            if counters["blocks_read_back"]:
+                self.states["the backend is read for a whole object"] += 1
             if random_number() >= size.patience:
                 self.end_some()
 
@@ -628,6 +652,11 @@ class World:
         elif self.sizes.flips and self.rng.random() < 0.3:
             self.states["bit flip under way"] += 1
             self.rot()
+        elif self.sizes.backend_faults and self.rng.random() < 0.5:
+            self.states["backend has no space"] += 1
+            self.backend_full_until_ns = self.now_ns + int(self.rng.random() * 30_000) * MILLISECOND
+            if self.rng.random() < 0.3:
+                self.volume.retry()  # too early, most of the time
         elif self.sizes.backend_faults:
             self.states["backend outage"] += 1
             self.backend_outage_until_ns = self.now_ns + int(self.rng.random() * 2000) * MILLISECOND
@@ -664,16 +693,18 @@ class World:
             if not engine.io:
                 return
             index = int(random_number() * len(engine.io))
+            if engine.io[index].kind > CACHE_SYNC and random_number() < self.sizes.backend_patience:
+                continue
             self.end(index)
 
     def end(self, index: int) -> None:
         io = self.engine.io[index]
         self.engine.end_io(index, self.fails(io))
 
-    def fails(self, io: Io) -> bool:
-        """Whether this I/O is to fail."""
+    def fails(self, io: Io) -> int:
+        """The errno with which this I/O is to fail, or 0."""
         if self.calm:
-            return False
+            return 0
         on_cache = io.kind <= CACHE_SYNC
         if self.fail_at:
             failed = self.is_the_one("cache" if on_cache else "backend")
@@ -685,11 +716,13 @@ class World:
             failed = self.sizes.backend_faults > 0 and (
                 self.now_ns < self.backend_outage_until_ns or self.rng.random() < self.sizes.backend_faults
             )
-        if failed:
-            # What a backend refuses is tried again.
-            self.guest.errors_allowed = self.guest.errors_allowed or on_cache
-            self.states[_FAILURES[io.kind]] += 1
-        return failed
+        full = io.kind == BACKEND_WRITE and self.now_ns < self.backend_full_until_ns
+        if not (failed or full):
+            return 0
+        # What a backend refuses is tried again.
+        self.guest.errors_allowed = self.guest.errors_allowed or on_cache
+        self.states[_FAILURES[io.kind]] += 1
+        return ENOSPC if full else EIO
 
     def is_the_one(self, name: str) -> bool:
         """Whether this operation is the one that is to fail."""
@@ -750,7 +783,7 @@ class World:
         """Without faults any more: every request is answered, the log is drained, the backend is right."""
         self.note("finish")
         self.engine.countdown = -1
-        self.backend_outage_until_ns = self.cache_outage_until_ns = 0
+        self.backend_outage_until_ns = self.backend_full_until_ns = self.cache_outage_until_ns = 0
         self.sizes = replace(self.sizes, cache_faults=0.0, backend_faults=0.0)
         if self.flips:
             self.look_at_the_rotten()

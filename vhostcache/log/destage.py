@@ -7,27 +7,33 @@ Owns the staging slots, the objects being written and those written but not flus
 - an object is clean below the log address at which its destage began only after a backend flush that was issued when
   all its writes had ended;
 - staging slots are set apart at the start, so destaging never waits for what waits for destaging.
-Sources are clean slots in RAM, pinned meanwhile, and reads of the log. What fails its checksum is not destaged, and
-holds the tail until the guest overwrites it.
+Sources are clean slots in RAM, pinned meanwhile, and reads of the log; for what lies between two dirty runs, and for
+whole objects, one read of the backend as well: nobody else writes to it. What fails its checksum is not destaged, and
+holds the tail until the guest overwrites it. Which object is next is choose.py's business.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Final
 
 from vhostcache import operations as op
 from vhostcache.backend_io import BackendIo
+from vhostcache.backoff import Trouble
 from vhostcache.log import format as fmt
+from vhostcache.log.choose import NOBODY, Chooser
+from vhostcache.log.depth import GENTLE_BLOCKS, GENTLE_WRITES, Modulator, ObjectsInFlight
 from vhostcache.log.index import LogIndex
+from vhostcache.log.pace import RAMP_BEGIN, RAMP_END
 from vhostcache.log.writer import INTERNAL, LogWriter
 from vhostcache.map import CLEAN, ORPHAN, PINNED, Map
 from vhostcache.readcache import ReadCache
 
 RETRY_FIRST_NS: Final = 100_000_000
-RETRY_MAX_NS: Final = 5_000_000_000
 EBADMSG: Final = 74
 FLUSH: Final = -1
 """In place of an object: the backend flush."""
+ZERO_SLOT: Final = 1
+"""A slot of zeroes that is never written."""
 READ_BLOCKS_MAX: Final = 256
 """Blocks of one log read."""
 READS_AT_ONCE: Final = 128
@@ -36,6 +42,17 @@ AGED_OBJECTS_MAX: Final = 2
 """Objects in flight only because they are old: nobody waits for them, and the guest may be busy."""
 HELD_RETRY_NS: Final = 10_000_000_000
 """An object with rotten blocks is looked at again so much later."""
+WRITING_NS: Final = 1_000_000_000
+"""A log whose head has not moved for so long has nobody who waits for its room."""
+REMOTE_NS: Final = 500_000
+"""A backend that takes so long for a small write is far away: see `_gap_blocks`."""
+SMALL_WRITE_BLOCKS: Final = 16
+"""Latency is measured on writes of at most 64 KiB."""
+WRITES_AT_ONCE: Final = 16
+"""What a backend is taken to do side by side."""
+BLOCKS_PER_S: Final = 1 << 16
+"""What a backend is taken to transfer: 256 MiB/s."""
+GAP_BLOCKS_MAX: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +60,7 @@ class LogDestageSettings:
     """When and how much to destage."""
 
     destage_after_ns: int
-    """Objects that have been dirty for so long are destaged."""
+    """Objects that have not been written for so long are destaged."""
     threshold_blocks: int
     """More log than this between the clean address and the head is destaged without waiting for its age."""
     staging_blocks: int
@@ -53,6 +70,12 @@ class LogDestageSettings:
     objects_max: int = 8
     flush_objects: int = 32
     """Written objects that are worth a backend flush of their own."""
+    max_blocks: int = 0
+    """Of one write to the backend; 0: any number."""
+    preferred_blocks: int = 1
+    """What the backend writes best."""
+    whole_objects: bool = False
+    """The backend wants an object as a whole, once: what is not dirty of it is read from the backend first."""
 
 
 class LogDestage:
@@ -62,14 +85,22 @@ class LogDestage:
         "_destager",
         "address",
         "again",
+        "began_ns",
         "blocks",
+        "bridged",
+        "count",
         "later",
         "need_seq",
         "number",
+        "pieces",
         "pinned",
         "reading",
+        "resting_ns",
         "rotten",
         "slots",
+        "small",
+        "span",
+        "span_slots",
         "staged",
         "zeroes",
     )
@@ -83,14 +114,29 @@ class LogDestage:
         """This record has to be durable before: it has the newer version of a block that was left behind."""
         self.blocks: list[int] = []
         self.slots: list[int] = []
-        self.zeroes: list[tuple[int, int]] = []
-        """Runs of blocks (first, end)."""
+        self.zeroes: list[int] = []
+        """Blocks that are zero, in ascending order."""
         self.pinned: list[int] = []
         self.staged: list[int] = []
         self.reading: list[int] = []
         """Log addresses that its reads keep from being reused."""
         self.later: list[tuple[list[int], list[int], list[int]]] = []
         """Parts of a read that found rot, to be read again: addresses, blocks, slots."""
+        self.span = range(0)
+        """Blocks that are read from the backend before, to be written as a whole; and the slots they go to."""
+        self.span_slots: list[int] = []
+        self.bridged = 0
+        """Blocks that are clean, and written for the sake of their neighbours."""
+        self.pieces: list[tuple[int, int, list[int]]] = []
+        """Writes to come, the last first: block, blocks, slots; without slots: zeroes."""
+        self.count = 0
+        """Writes made."""
+        self.small = 0
+        """Of these, in flight and small enough to say something about latency."""
+        self.began_ns = 0
+        """When the writes in flight were given to the engine."""
+        self.resting_ns = 0
+        """Before this it writes nothing more."""
         self.rotten = False
         """Blocks that are rotten or can't be read were left out: the object does not become clean."""
         self.again = False
@@ -123,6 +169,20 @@ class StagingRead:
         self._destager.staged(self, result)
 
 
+class SpanRead:
+    """What the backend has of an object on its way to staging slots; the dirty blocks come over it."""
+
+    __slots__ = ("_destage", "_destager", "_fetch")
+
+    def __init__(self, destager: "LogDestager", destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
+        self._destager = destager
+        self._destage = destage
+        self._fetch = fetch
+
+    def io_done(self, result: int) -> None:
+        self._destager.span_read(self._destage, self._fetch, result)
+
+
 class BackendFlush:
     """A backend flush, and the destages that it covers."""
 
@@ -137,7 +197,7 @@ class BackendFlush:
 
 
 class LogDestager:
-    """See the module. `schedule` once a turn."""
+    """See the module. `schedule` once a turn. `settings` may be replaced at any time."""
 
     def __init__(
         self,
@@ -155,7 +215,7 @@ class LogDestager:
         self._io = io
         self._index = index
         self._writer = writer
-        self._settings = settings
+        self.settings = settings
         self.size_bytes = size_bytes
         """Of the disk: the last block may be a part of one."""
         self.notices = notices
@@ -178,11 +238,32 @@ class LogDestager:
         self.draining = False
         self.stopped = False
         """Nothing new is started."""
-        self._failing: set[int] = set()
-        self._retry_ns = 0
-        self._retry_at_ns = 0
+        self.trouble = Trouble(notices)
+        self._chooser = Chooser(index, self._is_waiting, writer.durable_address)
+        self._depth = ObjectsInFlight(settings.objects_max)
+        self._modulator = Modulator()
+        self._begun: list[LogDestage] = []
+        """Their writes were given to the engine since the time was known last."""
+        self._ended: list[LogDestage] = []
+        """Their writes have ended since then."""
+        self._resting: dict[int, LogDestage] = {}
+        """Objects in flight that have more to write."""
+        self._head = writer.head
+        self._head_ns = 0
+        """When it was seen to move last."""
+        self._used = 0
+        """Blocks between the clean address and the head."""
         self.now_ns = 0
-        self.counters = {"destages": 0, "blocks_destaged": 0, "flushes_performed": 0, "backend_failures": 0}
+        self._in_turn = False
+        """`now_ns` is the time; if not, it is that of an earlier turn."""
+        self.counters = {
+            "destages": 0,
+            "blocks_destaged": 0,
+            "blocks_bridged": 0,
+            "blocks_read_back": 0,
+            "backend_writes": 0,
+            "flushes_performed": 0,
+        }
 
     @property
     def settled(self) -> bool:
@@ -194,57 +275,128 @@ class LogDestager:
         """Anything is on its way."""
         return bool(self.in_flight or self._written or self._flushing or self._flushed)
 
+    def statistics(self) -> dict[str, int]:
+        """Counters, and levels now."""
+        return {
+            **self.counters,
+            "backend_failures": self.trouble.failures,
+            "backend_held": self.trouble.held,
+            "objects_in_flight": len(self.in_flight),
+            "objects_limit": self._depth.limit,
+        }
+
+    def set_objects_max(self, objects_max: int) -> None:
+        """The most objects in flight."""
+        self._depth.set_most(objects_max)
+
     # --- what, when ---
 
     def schedule(self, now_ns: int) -> int:
         """Start what is to be started; returns the time at which to look again, in ns."""
         self.now_ns = now_ns
-        if self._flushed:
-            self._finish(self._flushed)
-        if now_ns < self._retry_at_ns:
-            return self._retry_at_ns
-        deadline_ns = op.NEVER
-        if self._index.dirty and not self.stopped and len(self._staging) >= self._staging_wanted:
-            deadline_ns = self._start_due()
-        if self._written and self._flushing is None and self._flush_is_due():
-            self._start_flush()
+        self._in_turn = True
+        deadline_ns = self._schedule(now_ns)
+        self._in_turn = False
         return deadline_ns
 
-    def _crowded(self) -> bool:
-        return (
-            self._writer.head - self._index.clean_below(self._writer.durable_address) > self._settings.threshold_blocks
-        )
+    def _schedule(self, now_ns: int) -> int:
+        if self._begun or self._ended:
+            self._measure()
+        if self._flushed:
+            self._finish(self._flushed)
+        if not (self._index.dirty or self.busy):
+            return op.NEVER
+        self._modulate()
+        deadline_ns = self._go_on() if self._resting else op.NEVER
+        if now_ns < self.trouble.at_ns:
+            return min(deadline_ns, self.trouble.at_ns)
+        if self._index.dirty and not self.stopped and len(self._staging) >= self._staging_wanted:
+            deadline_ns = min(deadline_ns, self._start_due())
+        if self._written and self._flushing is None and self._flush_is_due():
+            again_ns = self.trouble.own_ns(FLUSH)
+            if now_ns >= again_ns:
+                self._start_flush()
+            else:
+                deadline_ns = min(deadline_ns, again_ns)
+        return deadline_ns
+
+    def _measure(self) -> None:
+        """What has begun and ended since the last turn did so now: nobody has looked at a clock before."""
+        now_ns = self.now_ns
+        for destage in self._ended:
+            took_ns = now_ns - destage.began_ns if destage.began_ns else 0
+            if destage.small and took_ns:
+                self._depth.measured(took_ns * WRITES_AT_ONCE // max(WRITES_AT_ONCE, destage.small))
+            if destage.pieces:
+                destage.resting_ns = now_ns + int(took_ns * (1.0 - self._modulator.share))
+            else:
+                full = len(self.in_flight) + 1 >= self._depth.limit and self._modulator.share >= 1.0
+                self._depth.ended(len(destage.blocks), destage.count, now_ns, full)
+        self._ended = []
+        for destage in self._begun:
+            destage.began_ns = now_ns
+        self._begun = []
+        if not self.in_flight and self._depth.limit > 1:
+            self._depth.pause()
+
+    def _modulate(self) -> None:
+        writer, now_ns = self._writer, self.now_ns
+        if writer.head != self._head:
+            self._head = writer.head
+            self._head_ns = now_ns
+        self._used = writer.head - self._index.clean_below(writer.durable_address)
+        if self.draining or self.stopped or writer.space_wanted:
+            pressure = 1.0
+        elif now_ns - self._head_ns >= WRITING_NS:
+            pressure = 0.0
+        else:
+            pressure = (self._used / writer.ring_blocks - RAMP_BEGIN) / (RAMP_END - RAMP_BEGIN)
+        self._modulator.update(self._io.reads, pressure, now_ns)
+
+    def _go_on(self) -> int:
+        """Objects in flight that have more to write, and have rested."""
+        deadline_ns = op.NEVER
+        for destage in list(self._resting.values()):
+            if self.now_ns < destage.resting_ns and self._modulator.share < 1.0:
+                deadline_ns = min(deadline_ns, destage.resting_ns)
+            else:
+                del self._resting[destage.number]
+                self._write_some(destage)
+        return deadline_ns
 
     def _start_due(self) -> int:
-        settings = self._settings
-        pressed = self.draining or self._writer.space_wanted or (settings.enabled and self._crowded())
-        if pressed:
-            if len(self.in_flight) >= settings.objects_max:
-                return op.NEVER
-            for number in list(islice(self._index.dirty, 4 * settings.objects_max + len(self._held))):
-                if self._is_waiting(number):
-                    continue
-                # One a turn: to find its blocks and read them takes a millisecond or two.
-                return self.now_ns if self._start(number) else op.NEVER
-            return op.NEVER if self.busy else self.now_ns + RETRY_FIRST_NS
+        settings, now_ns = self.settings, self.now_ns
+        self._chooser.look(now_ns, self._writer.durable_address, settings.destage_after_ns)
+        crowded = settings.enabled and self._used > settings.threshold_blocks
+        most = 1 if self.trouble.probing else self._modulator.objects(self._depth.limit)
+        waiting = len(self.in_flight) + len(self._held) + len(self._written) + len(self._flushed)
+        waiting += len(self._flushing.destages) if self._flushing else 0
+        if self.draining or self._writer.space_wanted or crowded:
+            if len(self.in_flight) >= most:
+                return self._modulator.deadline_ns() if most < self._depth.limit and self._modulator.busy else op.NEVER
+            room = not (self.draining or self._writer.space_wanted) and (
+                self._used < self._writer.ring_blocks * RAMP_BEGIN
+            )
+            number = self._chooser.pressed(settings.destage_after_ns, settings.whole_objects, waiting, room)
+            if number == NOBODY:
+                return op.NEVER if self.in_flight else now_ns + RETRY_FIRST_NS
+            # One a turn: to find its blocks and read them takes a millisecond or two.
+            return now_ns if self._start(number) else op.NEVER
         if not settings.enabled:
             return op.NEVER
-        since = self._index.since_ns
-        for number in list(islice(self._index.dirty, settings.objects_max + len(self._held))):
-            due_ns = since[number] + settings.destage_after_ns
-            if self.now_ns < due_ns:
-                return due_ns
-            if not self._is_waiting(number):
-                started = len(self.in_flight) < AGED_OBJECTS_MAX and self._start(number)
-                return self.now_ns if started else op.NEVER
-        return op.NEVER if self.busy else self.now_ns + RETRY_FIRST_NS
+        if len(self.in_flight) >= min(most, AGED_OBJECTS_MAX):
+            return op.NEVER
+        number, again_ns = self._chooser.aged(settings.destage_after_ns, settings.whole_objects, waiting)
+        if number == NOBODY:
+            return again_ns
+        return now_ns if self._start(number) else op.NEVER
 
     def _flush_is_due(self) -> bool:
         if (
             self._writer.space_wanted
             or self.draining
             or self.stopped
-            or len(self._written) >= self._settings.flush_objects
+            or len(self._written) >= self.settings.flush_objects
         ):
             return True
         return not self.in_flight
@@ -252,8 +404,10 @@ class LogDestager:
     # --- one destage ---
 
     def _is_waiting(self, number: int) -> bool:
-        """Whether the object can't be destaged now: it is on its way, or has rotten blocks."""
+        """Whether the object can't be destaged now: it is on its way, has failed just now, or has rotten blocks."""
         if number in self.in_flight or self._held.get(number, 0) > self.now_ns:
+            return True
+        if self.trouble and self.trouble.waits(number, self.now_ns):
             return True
         ending = self._written + self._flushed + (self._flushing.destages if self._flushing else [])
         return any(number == destage.number for destage in ending)
@@ -270,18 +424,21 @@ class LogDestager:
         fetch: list[tuple[int, int]] = []
         for block, value in values:
             self._choose_source(destage, block, value, fetch)
-        if len(fetch) > len(self._staging):
+        self._choose_neighbours(destage, fetch)
+        slots = len(destage.span) or len(fetch)
+        if slots > len(self._staging):
             self._unpin(destage)
-            self._staging_wanted = len(fetch)
+            self._staging_wanted = slots
             return False
         self._staging_wanted = 0
         if destage.need_seq:
             self._writer.commit(INTERNAL)
         self._index.begin_destage(number)
         self.in_flight[number] = destage
-        self._fetch(destage, fetch)
-        if number not in self._reads:
-            self._write(destage)
+        if destage.span:
+            self._read_span(destage, fetch)
+        else:
+            self._fetch(destage, fetch)
         return True
 
     def _choose_source(self, destage: LogDestage, block: int, value: int, fetch: list[tuple[int, int]]) -> None:
@@ -291,37 +448,155 @@ class LogDestager:
         if slot is not None and self._map.state[slot] not in (CLEAN, PINNED):
             destage.need_seq = self._writer.accepted_seq  # a newer version is on its way into the log
         elif value & 1:
-            if destage.zeroes and destage.zeroes[-1][1] == block:
-                destage.zeroes[-1] = (destage.zeroes[-1][0], block + 1)
-            else:
-                destage.zeroes.append((block, block + 1))
+            destage.zeroes.append(block)
         elif slot is not None and self._map.state[slot] == CLEAN:
-            self._map.state[slot] = PINNED
-            destage.pinned.append(slot)
-            destage.blocks.append(block)
-            destage.slots.append(slot)
+            self._pin(destage, block, slot)
         elif block in self.rotten:
             destage.rotten = True
         else:
             fetch.append((block, value >> 1))
 
+    def _pin(self, destage: LogDestage, block: int, slot: int) -> None:
+        self._map.state[slot] = PINNED
+        destage.pinned.append(slot)
+        destage.blocks.append(block)
+        destage.slots.append(slot)
+
     def _unpin(self, destage: LogDestage) -> None:
         self._cache.unpin(destage.pinned)
         destage.pinned = []
 
-    def _fetch(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
-        """Read from the log, neighbours at once."""
-        if not fetch:
+    # --- clean blocks that are written too ---
+
+    def _gap_blocks(self) -> int:
+        """How many clean blocks may be written to save one write: as many as are transferred in an eighth of the time
+        that a small write takes, or what fills up the backend's own unit. 0: the backend is near."""
+        latency_ns = self._depth.latency_ns
+        if latency_ns < REMOTE_NS:
+            return 0
+        blocks = latency_ns * BLOCKS_PER_S // 8_000_000_000
+        return min(GAP_BLOCKS_MAX, max(blocks, self.settings.preferred_blocks - 1))
+
+    def _choose_neighbours(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
+        """Fill small gaps between dirty runs with what the cache has; or read the backend, for a whole object or where
+        that takes less than half as long as so many writes."""
+        blocks = sorted([*destage.blocks, *(block for block, _ in fetch)])
+        if not blocks:
             return
-        writer = self._writer
-        oldest = min(address for _, address in fetch)
-        destage.reading.append(oldest)
-        writer.reading[oldest] = writer.reading.get(oldest, 0) + 1
+        if self.settings.whole_objects:
+            first = destage.number << self._map.object_shift
+            self._choose_span(destage, blocks, range(first, first + self._map.object_blocks))
+            return
+        gap_blocks = self._gap_blocks()
+        if not gap_blocks or blocks[-1] - blocks[0] == len(blocks) - 1:
+            return
+        zeroes = set(destage.zeroes)
+        runs = 1
+        filled: set[int] = set()
+        previous = blocks[0]
+        for block in blocks:
+            if block - previous > 1:
+                gap = range(previous + 1, block)
+                if len(gap) <= gap_blocks and self._bridge(destage, gap, zeroes, fetch):
+                    filled.update(gap)
+                else:
+                    runs += 1
+            previous = block
+        if filled:
+            destage.zeroes = [block for block in destage.zeroes if block not in filled]
+        latency_ns, span = self._depth.latency_ns, range(blocks[0], blocks[-1] + 1)
+        transfer_ns = len(span) * 1_000_000_000 // BLOCKS_PER_S
+        if -(-runs // WRITES_AT_ONCE) * latency_ns > 4 * (latency_ns + transfer_ns):
+            self._choose_span(destage, [*blocks, *filled], span)
+
+    def _bridge(self, destage: LogDestage, gap: range, zeroes: set[int], fetch: list[tuple[int, int]]) -> bool:
+        """Whether the cache has all of these blocks, as the backend has them or as it is to have them."""
+        where, state, lookup = self._map.where, self._map.state, self._index.lookup
+        found: list[tuple[int, int]] = []
+        values: list[tuple[int, int]] = []
+        for block in gap:
+            slot = where.get(block)
+            if slot is not None:
+                if state[slot] != CLEAN:
+                    return False
+                found.append((block, slot))
+            elif block in zeroes:
+                found.append((block, ZERO_SLOT))
+            else:
+                value = lookup(block)
+                if not value or value >> 1 >= destage.address or block in self.rotten:
+                    return False
+                if value & 1:
+                    found.append((block, ZERO_SLOT))
+                else:
+                    values.append((block, value >> 1))
+        if len(fetch) + len(values) > len(self._staging):
+            return False
+        for block, slot in found:
+            if slot == ZERO_SLOT:
+                destage.blocks.append(block)
+                destage.slots.append(slot)
+            else:
+                self._pin(destage, block, slot)
+        fetch += values
+        destage.bridged += len(gap)
+        return True
+
+    def _choose_span(self, destage: LogDestage, blocks: Sequence[int], span: range) -> None:
+        """Write all of these blocks: what there is of them are `blocks`, and zeroes."""
+        end = min(span.stop, -(-self.size_bytes // op.BLOCK_BYTES))
+        zeroes = [block for block in destage.zeroes if span.start <= block < end]
+        destage.blocks += zeroes
+        destage.slots += [ZERO_SLOT] * len(zeroes)
+        destage.zeroes = [block for block in destage.zeroes if not span.start <= block < end]
+        missing = end - span.start - len(blocks) - len(zeroes)
+        if missing:
+            destage.span = range(span.start, end)
+            destage.bridged += missing
+
+    def _read_span(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
+        span = destage.span
+        destage.span_slots = destage.staged = self._staging[-len(span) :]
+        del self._staging[-len(span) :]
+        self.counters["blocks_read_back"] += len(span)
+        offset = span.start * op.BLOCK_BYTES
+        size = min(len(span) * op.BLOCK_BYTES, self.size_bytes - offset)
+        self._keep_readable(destage, fetch)
+        self._io.read(self._io.begin(SpanRead(self, destage, fetch)), offset, size, destage.span_slots)
+        self._io.reads -= 1  # not for the guest
+
+    def span_read(self, destage: LogDestage, fetch: list[tuple[int, int]], result: int) -> None:
+        """The backend has been read."""
+        if result < 0:
+            self._release_reading(destage)
+            self._give_up(destage, "read", result)
+            return
+        self.trouble.succeeded(destage.number)
+        self._fetch(destage, fetch)
+
+    # --- from the log ---
+
+    def _keep_readable(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
+        if fetch and not destage.reading:
+            oldest = min(address for _, address in fetch)
+            reading = self._writer.reading
+            destage.reading.append(oldest)
+            reading[oldest] = reading.get(oldest, 0) + 1
+
+    def _fetch(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
+        """Read from the log, neighbours at once; then write."""
+        if not fetch:
+            self._write(destage)
+            return
+        self._keep_readable(destage, fetch)
         fetch.sort(key=lambda pair: pair[1])
         count = len(fetch)
-        slots = self._staging[-count:]
-        del self._staging[-count:]
-        destage.staged = slots
+        if destage.span:
+            first = destage.span.start
+            slots = [destage.span_slots[block - first] for block, _ in fetch]
+        else:
+            slots = destage.staged = self._staging[-count:]
+            del self._staging[-count:]
         addresses = [address for _, address in fetch]
         blocks = [block for block, _ in fetch]
         self._reads[destage.number] = 0
@@ -368,6 +643,9 @@ class LogDestager:
             destage.rotten = True
             self._writer.counters["log_failures"] += 1
             self.notices.append(("log-unreadable", {"operation": "destage", "errno": -result}))
+        if result:
+            destage.span = range(0)  # what the backend had there may have been overwritten in the slots
+            destage.bridged = 0
         if destage.later:
             self._read(destage, *destage.later.pop())
         self._reads[destage.number] -= 1
@@ -384,28 +662,56 @@ class LogDestager:
                 del reading[address]
         destage.reading = []
 
+    # --- to the backend ---
+
     def _write(self, destage: LogDestage) -> None:
         """All sources are there: to the backend."""
+        if destage.span:
+            first, present = destage.span.start, set(destage.blocks)
+            left = [block for block in destage.span if block not in present]
+            destage.blocks += left
+            destage.slots += [destage.span_slots[block - first] for block in left]
         if not (destage.blocks or destage.zeroes):
             self._end_write(destage)
             self._written.append(destage)
             return
-        group = self._io.begin(destage)
-        size_bytes = self.size_bytes
         order = sorted(range(len(destage.blocks)), key=destage.blocks.__getitem__)
-        blocks = [destage.blocks[i] for i in order]
-        slots = [destage.slots[i] for i in order]
-        start = 0
-        while start < len(blocks):
-            end = start + 1
-            while end < len(blocks) and blocks[end] - blocks[start] == end - start:
-                end += 1
-            offset = blocks[start] * op.BLOCK_BYTES
-            self._io.write(group, offset, min((end - start) * op.BLOCK_BYTES, size_bytes - offset), slots[start:end])
-            start = end
-        for first, stop in destage.zeroes:
+        blocks = destage.blocks = [destage.blocks[i] for i in order]
+        slots = destage.slots = [destage.slots[i] for i in order]
+        most = self.settings.max_blocks or len(blocks) + len(destage.zeroes)
+        if self._modulator.gentle:
+            most = min(most, GENTLE_BLOCKS)
+        pieces = [(blocks[start], end - start, slots[start:end]) for start, end in _runs(blocks, most)]
+        zeroes = destage.zeroes
+        pieces += [(zeroes[start], end - start, []) for start, end in _runs(zeroes, len(zeroes))]
+        pieces.reverse()
+        destage.pieces = pieces
+        self._write_some(destage)
+
+    def _write_some(self, destage: LogDestage) -> None:
+        """All that there is to write, or a few pieces of it while the guest reads the backend."""
+        pieces = destage.pieces
+        if self._modulator.gentle:
+            pieces, destage.pieces = pieces[-GENTLE_WRITES:], pieces[:-GENTLE_WRITES]
+        else:
+            destage.pieces = []
+        group = self._io.begin(destage)
+        destage.count += len(pieces)
+        if self._in_turn:
+            destage.began_ns = self.now_ns
+        else:
+            self._begun.append(destage)
+        largest = 0
+        for first, count, slots in reversed(pieces):
             offset = first * op.BLOCK_BYTES
-            self._io.zero(group, offset, min(stop * op.BLOCK_BYTES, size_bytes) - offset, True)
+            size = min(count * op.BLOCK_BYTES, self.size_bytes - offset)
+            if slots:
+                self._io.write(group, offset, size, slots)
+                largest = max(largest, count)
+            else:
+                self._io.zero(group, offset, size, True)
+        destage.small = len(pieces) if 0 < largest <= SMALL_WRITE_BLOCKS else 0
+        self.counters["backend_writes"] += len(pieces)
 
     def _end_write(self, destage: LogDestage) -> None:
         self._unpin(destage)
@@ -413,16 +719,28 @@ class LogDestager:
         destage.staged = []
         del self.in_flight[destage.number]
 
-    def written(self, destage: LogDestage, result: int) -> None:
-        """All writes of a destage have ended."""
+    def _give_up(self, destage: LogDestage, operation: str, result: int) -> None:
+        """It has failed, and is begun anew later."""
         self._end_write(destage)
-        self.counters["destages"] += 1
+        self._index.restore(destage.number, self.now_ns)
+        self._depth.failed()
+        self.trouble.failed(destage.number, operation, result, self.now_ns)
+
+    def written(self, destage: LogDestage, result: int) -> None:
+        """Writes of a destage have ended, perhaps not the last ones."""
         if result < 0:
-            self._index.restore(destage.number, self.now_ns)
-            self._failed(destage.number, "write", result)
+            self.counters["destages"] += 1
+            self._give_up(destage, "write", result)
             return
-        self._succeeded(destage.number)
-        self.counters["blocks_destaged"] += len(destage.blocks)
+        self._ended.append(destage)
+        if destage.pieces:
+            self._resting[destage.number] = destage
+            return
+        self._end_write(destage)
+        self.trouble.succeeded(destage.number)
+        self.counters["destages"] += 1
+        self.counters["blocks_destaged"] += len(destage.blocks) - destage.bridged
+        self.counters["blocks_bridged"] += destage.bridged
         self._written.append(destage)
 
     # --- backend flushes ---
@@ -442,9 +760,9 @@ class LogDestager:
             self._written = []
             for destage in self.in_flight.values():
                 destage.again = True
-            self._failed(FLUSH, "flush", result)
+            self.trouble.failed(FLUSH, "flush", result, self.now_ns, everybody=True)
             return
-        self._succeeded(FLUSH)
+        self.trouble.succeeded(FLUSH)
         self._finish(self._flushed + flush.destages)
 
     def _finish(self, destages: list[LogDestage]) -> None:
@@ -461,20 +779,21 @@ class LogDestager:
                 self._index.destaged(destage.number, destage.address)
         self._flushed = waiting
 
-    # --- trouble ---
 
-    def _failed(self, what: int, operation: str, result: int) -> None:
-        self.counters["backend_failures"] += 1
-        if not self._failing:
-            self.notices.append(("backend-error", {"operation": operation, "errno": -result}))
-        self._failing.add(what)
-        self._retry_ns = min(max(2 * self._retry_ns, RETRY_FIRST_NS), RETRY_MAX_NS)
-        self._retry_at_ns = self.now_ns + self._retry_ns
-
-    def _succeeded(self, what: int) -> None:
-        if self._failing:
-            self._failing.discard(what)
-            if not self._failing:
-                self._retry_ns = 0
-                self._retry_at_ns = 0
-                self.notices.append(("backend-recovered", {}))
+def _runs(blocks: list[int], most: int) -> list[tuple[int, int]]:
+    """Runs of neighbours among blocks in ascending order, of at most so many: (first index, end)."""
+    runs = []
+    count = len(blocks)
+    start = 0
+    while start < count:
+        first = blocks[start]
+        stop = min(count, start + most)
+        if blocks[stop - 1] - first == stop - 1 - start:
+            end = stop
+        else:
+            end = start + 1
+            while end < stop and blocks[end] - first == end - start:
+                end += 1
+        runs.append((start, end))
+        start = end
+    return runs

@@ -14,11 +14,13 @@ them; their object becomes dirty when their record is durable, like any other.
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 FEW_SHARE: Final = 32
 """A page becomes an array when more than one block in 32 of its object is in it."""
+FILLED_RUN: Final = 64
+"""So many blocks in a row, and more, are a stream."""
 SWEEP: Final = 256
 """Objects looked at in one go when pages are freed, about 0.1 ms."""
 
@@ -54,6 +56,8 @@ class LogIndex:
         "_sweep",
         "_zero_newest",
         "dirty",
+        "filled",
+        "queue",
         "since_ns",
         "tail",
     )
@@ -69,6 +73,10 @@ class LogIndex:
         """Object -> its first dirty address. They ascend."""
         self.since_ns: dict[int, int] = {}
         """Object -> when it became dirty."""
+        self.queue: OrderedDict[int, int] = OrderedDict()
+        """Dirty objects -> the same, or when they were put off last. It ascends, but for those that were restored."""
+        self.filled: OrderedDict[int, None] = OrderedDict()
+        """Objects whose end a long run of neighbouring blocks has reached: most likely they are dirty as a whole."""
         self._restored: dict[int, int] = {}
         """Objects in `dirty` whose destage has failed -> first dirty address, out of the order."""
         self._in_flight: dict[int, int] = {}
@@ -78,6 +86,11 @@ class LogIndex:
         self._zero_newest = 0
         """The newest value of zeroes."""
         self._sweep: Iterator[int] | None = None
+
+    @property
+    def object_blocks(self) -> int:
+        """Blocks of an object."""
+        return self._mask + 1
 
     # --- reading ---
 
@@ -109,7 +122,7 @@ class LogIndex:
     def _touch(self, number: int, address: int, now_ns: int) -> None:
         if number not in self.dirty:
             self.dirty[number] = address
-            self.since_ns[number] = now_ns
+            self.since_ns[number] = self.queue[number] = now_ns
 
     def add(self, blocks: Sequence[int], address: int, now_ns: int) -> None:
         """Blocks whose payload is now durable at `address`, `address + 1`, ... They are dirty."""
@@ -124,13 +137,25 @@ class LogIndex:
             else:
                 self._add(block, value, now_ns)
             value += 2
+        if len(blocks) >= FILLED_RUN:
+            self._find_filled(blocks)
+
+    def _find_filled(self, blocks: Sequence[int]) -> None:
+        """Whether this has filled objects up: its first or last run of neighbours reaches the end of one."""
+        shift = self._shift
+        last = len(blocks) - 1
+        for first, end in ((0, last // 2), (last // 2 + 1, last)):
+            if blocks[end] - blocks[first] != end - first:
+                continue
+            for number in range(blocks[first] >> shift, (blocks[end] + 1) >> shift):
+                self.filled[number] = None
 
     def _add(self, block: int, value: int, now_ns: int) -> None:
         number, offset = block >> self._shift, block & self._mask
         entry = self._put(number, offset, value)
         if number not in self.dirty:
             self.dirty[number] = value >> 1
-            self.since_ns[number] = now_ns
+            self.since_ns[number] = self.queue[number] = now_ns
         if entry.page is not None:
             self._dirty_pages[number] = entry.page
 
@@ -195,9 +220,31 @@ class LogIndex:
         assert number not in self._in_flight
         first = min(self.dirty.pop(number), self._restored.pop(number, 1 << 62))
         del self.since_ns[number]
+        del self.queue[number]
+        self.filled.pop(number, None)
         self._dirty_pages.pop(number, None)
         self._in_flight[number] = first
         return first
+
+    def put_off(self, number: int, now_ns: int) -> None:
+        """The dirty object goes to the end of the queue: it is to be left for a while."""
+        self.queue[number] = now_ns
+        self.queue.move_to_end(number)
+
+    def newest(self, number: int) -> int:
+        """The log address of the object's newest block."""
+        entry = self._objects[number]
+        page: Iterable[int] = entry.few.values() if entry.page is None else entry.page
+        return max(max(page, default=0), entry.zero, entry.newest) >> 1
+
+    def count_dirty(self, number: int) -> int:
+        """How many of the object's blocks are dirty, durable or not."""
+        entry = self._objects[number]
+        low = max(entry.destaged << 1, 1)
+        if entry.zero >= low:
+            return self._mask + 1
+        page: Iterable[int] = entry.few.values() if entry.page is None else entry.page
+        return sum(1 for value in page if value >= low)
 
     def dirty_blocks(self, number: int, durable: int) -> tuple[list[tuple[int, int]], bool]:
         """The object's dirty blocks in ascending order, each with its value, as far as they lie below the address
@@ -230,7 +277,7 @@ class LogIndex:
         self._restored[number] = min(first, self._restored.get(number, first))
         if number not in self.dirty:
             self.dirty[number] = first
-            self.since_ns[number] = now_ns
+            self.since_ns[number] = self.queue[number] = now_ns
         self.dirty.move_to_end(number, last=False)
 
     def clean_below(self, durable: int) -> int:

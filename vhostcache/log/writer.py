@@ -18,13 +18,12 @@ from typing import Final
 
 from vhostcache import operations as op
 from vhostcache.backend_io import BackendIo
+from vhostcache.backoff import Backoff
 from vhostcache.log import format as fmt
 from vhostcache.log.index import LogIndex
 from vhostcache.map import CLEAN, ORPHAN, WRITING, Map
 from vhostcache.readcache import ReadCache
 
-RETRY_FIRST_NS: Final = 100_000_000
-RETRY_MAX_NS: Final = 5_000_000_000
 EIO: Final = 5
 ZEROES_MAX: Final = 64
 """Extents of zeroes in a record: with 256 data extents and as many checksums they fit one header block."""
@@ -176,8 +175,7 @@ class LogWriter:
         """Tags whose commit has succeeded, for the owner to complete."""
         self.blocked = False
         """The cache device is in trouble: nothing new may be acknowledged."""
-        self._retry_ns = 0
-        self._retry_at_ns = 0
+        self._backoff = Backoff()
         self._to_repeat: list[Record] = []
         self.space_wanted = 0
         """Blocks, padding included, of a record that did not find room in the ring."""
@@ -392,8 +390,8 @@ class LogWriter:
             self._absorb()
             deadline_ns = now_ns  # for the rest, and for those who waited for what these give back
         if self.blocked:
-            if now_ns < self._retry_at_ns:
-                return self._retry_at_ns
+            if now_ns < self._backoff.at_ns:
+                return self._backoff.at_ns
             self._repeat()
             if not self.blocked:
                 deadline_ns = now_ns  # for those who waited for that
@@ -548,8 +546,7 @@ class LogWriter:
         if not self.blocked:
             self.notices.append(("cache-error", {"operation": operation, "errno": -result}))
         self.blocked = True
-        self._retry_ns = min(max(2 * self._retry_ns, RETRY_FIRST_NS), RETRY_MAX_NS)
-        self._retry_at_ns = self.now_ns + self._retry_ns
+        self._backoff.failed(self.now_ns)
 
     def _repeat(self) -> None:
         count = max(0, self._io.available() - GROUPS_LEFT // 2)
@@ -561,7 +558,7 @@ class LogWriter:
 
     def _succeeded(self) -> None:
         self.blocked = False
-        self._retry_ns = 0
+        self._backoff.succeeded()
         self.notices.append(("cache-recovered", {}))
 
 

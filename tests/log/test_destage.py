@@ -1,0 +1,316 @@
+"""What is destaged when, and in which writes: one situation a test."""
+
+from __future__ import annotations
+
+import heapq
+from typing import Any
+
+import pytest
+
+from tests.log.test_log_volume import SECOND, Bench
+from vhostcache import operations as op
+from vhostcache.backoff import HELD_NS, Backoff, Trouble
+from vhostcache.log.depth import QUIET_NS, Modulator, ObjectsInFlight
+from vhostcache.log.destage import REMOTE_NS
+
+ENOSPC = 28
+OBJECT = 64
+"""Blocks of an object on the bench."""
+
+
+class Backend(Bench):
+    """A bench that writes down what is written to the backend."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"destage": True, "destage_after_ns": SECOND, **settings})
+        self.writes: list[tuple[int, int]] = []
+        """(block, blocks)"""
+
+    def run(self) -> None:
+        words = list(self.operations)
+        at = 0
+        while at < len(words):
+            code, argument = words[at] & 255, words[at] >> 32
+            if code == op.WRITE:
+                self.writes.append((words[at + 2] // op.BLOCK_BYTES, argument))
+            at += _length(words, at)
+        super().run()
+
+    def destage(self, blocks: list[int]) -> list[tuple[int, int]]:
+        """Write these, make them durable, wait until they are on the backend."""
+        for block in blocks:
+            self.write(block)
+        self.flush()
+        self.writes.clear()
+        self.wait(2 * SECOND)
+        return sorted(self.writes)
+
+    def wait(self, time_ns: int) -> None:
+        """Time goes on, in steps of a fifth of a second."""
+        for _ in range(max(1, time_ns * 5 // SECOND)):
+            self.now_ns += SECOND // 5
+            self.turn()
+            self.settle()
+
+    def remote(self, latency_ns: int) -> None:
+        self.volume._destager._depth.latency_ns = latency_ns
+
+
+def _length(words: list[int], at: int) -> int:
+    from tests.log.test_log_volume import _SLOTS_FOLLOW, _WORDS
+
+    code, argument = words[at] & 255, words[at] >> 32
+    length = 1 + _WORDS.get(code, 0)
+    if code == op.LOG_WRITE:
+        length += words[at + 4]
+    if code in _SLOTS_FOLLOW:
+        length += argument
+    elif code == op.PUBLISH:
+        length += 2 * argument
+    return length
+
+
+def test_neighbours_are_one_write() -> None:
+    assert Backend().destage([3, 4, 5, 9, 11]) == [(3, 3), (9, 1), (11, 1)]
+
+
+def test_small_gaps_are_filled_from_ram_when_the_backend_is_far_away() -> None:
+    bench = Backend()
+    bench.destage([10, 11, 12, 13, 14])
+    bench.remote(2_000_000)
+    assert bench.destage([10, 12, 14]) == [(10, 5)]
+    assert bench.volume.statistics()["blocks_bridged"] == 2
+    bench.evict()
+    bench.remote(2_000_000)
+    assert bench.destage([10, 14]) == [(10, 5)], "from the log"
+    assert op.READ not in bench.seen
+
+
+def test_gaps_are_left_alone_when_the_backend_is_near() -> None:
+    bench = Backend()
+    bench.destage([10, 11, 12])
+    bench.remote(REMOTE_NS - 1)
+    assert bench.destage([10, 12]) == [(10, 1), (12, 1)]
+
+
+def test_a_gap_that_nothing_but_the_backend_has_is_left_alone() -> None:
+    bench = Backend()
+    bench.remote(2_000_000)
+    assert bench.destage([10, 12]) == [(10, 1), (12, 1)]
+    assert op.READ not in bench.seen
+
+
+def test_a_gap_with_zeroes_that_are_not_durable_is_left_alone() -> None:
+    bench = Backend(sync_interval_ns=100 * SECOND, destage_after_ns=SECOND)
+    bench.destage([10, 11, 12])
+    bench.evict()
+    bench.remote(2_000_000)
+    bench.write(10)
+    bench.write(12)
+    bench.flush()
+    bench.ask(op.REQUEST_DISCARD, 11, 1)
+    bench.writes.clear()
+    bench.now_ns += 13 * SECOND
+    bench.turn()
+    while not bench.writes:
+        bench.end(bench.io[0][0])
+    assert sorted(bench.writes) == [(10, 1), (12, 1)]
+
+
+def test_where_whole_objects_are_wanted_the_rest_is_read_first() -> None:
+    bench = Backend(wants_whole_objects=True)
+    for block in (64, 70):
+        bench.write(block)
+    bench.flush()
+    bench.wait(11 * SECOND)
+    assert bench.writes == [], "it may yet become full"
+    bench.wait(3 * SECOND)
+    assert bench.writes == [(64, OBJECT)]
+    assert bench.seen.count(op.READ) == 1
+
+
+def test_a_wholly_dirty_object_is_written_at_once_and_nothing_is_read() -> None:
+    bench = Backend(wants_whole_objects=True)
+    assert bench.destage(list(range(64, 128))) == [(64, OBJECT)]
+    assert op.READ not in bench.seen
+
+
+def test_the_last_object_of_a_disk_that_ends_in_it_is_written_to_the_end() -> None:
+    bench = Backend(wants_whole_objects=True, size_bytes=(OBJECT + 10) * 4096 + 512)
+    bench.write(OBJECT + 2)
+    bench.flush()
+    bench.wait(14 * SECOND)
+    assert bench.writes == [(OBJECT, 11)]
+
+
+def test_a_hot_object_is_neither_rewritten_for_ever_nor_starved() -> None:
+    bench = Backend()
+    for second in range(30):
+        bench.write(5)
+        bench.flush()
+        bench.wait(SECOND // 2)
+        if second == 20:
+            assert len(bench.writes) == 0
+    assert 1 <= len(bench.writes) <= 2
+
+
+def test_an_object_that_is_left_alone_is_destaged_after_a_while() -> None:
+    bench = Backend()
+    bench.write(5)
+    bench.flush()
+    bench.wait(2 * SECOND)
+    assert bench.writes == [(5, 1)]
+
+
+def test_large_writes_are_cut_to_what_the_backend_takes() -> None:
+    assert Backend(max_bytes=16 << 12).destage(list(range(40))) == [(0, 16), (16, 16), (32, 8)]
+
+
+def test_with_room_wholly_dirty_objects_go_before_the_oldest() -> None:
+    bench = Backend(ring_blocks=8192, destage_threshold_percent=5, destage_after_ns=100 * SECOND)
+    for number in range(100):
+        bench.write(OBJECT * (200 + number))
+    for first in range(0, 10 * OBJECT, OBJECT):
+        bench.write(first, OBJECT)
+    bench.flush()
+    first = [block for block, _ in bench.writes][:6]
+    assert sum(block < 10 * OBJECT for block in first) >= 2
+
+
+def test_no_space_holds_the_backend_and_says_so_once() -> None:
+    bench = Backend()
+    bench.write(1)
+    bench.flush()
+    bench.now_ns += 2 * SECOND
+    bench.turn()
+    for _ in range(3):
+        bench.end(op.WRITE, -ENOSPC)
+        bench.now_ns += HELD_NS - SECOND
+        bench.turn()
+        assert not bench.io
+        bench.now_ns += 2 * SECOND
+        bench.turn()
+    names = [name for name, _ in bench.volume.notices]
+    assert names == ["backend-held"]
+    assert bench.volume.statistics()["backend_held"] == ENOSPC
+    bench.settle()
+    assert bench.volume.statistics()["backend_held"] == 0
+    assert bench.volume.notices[-1][0] == "backend-recovered"
+
+
+def test_who_has_mended_it_need_not_wait() -> None:
+    bench = Backend()
+    bench.write(1)
+    bench.flush()
+    bench.now_ns += 2 * SECOND
+    bench.turn()
+    bench.end(op.WRITE, -ENOSPC)
+    bench.now_ns += SECOND
+    bench.turn()
+    assert not bench.io
+    bench.volume.retry()
+    bench.turn()
+    assert [code for code, _ in bench.io] == [op.WRITE]
+
+
+def test_an_object_that_always_fails_does_not_hold_up_the_others() -> None:
+    bench = Backend()
+    for number in range(20):
+        bench.write(OBJECT * number)
+    bench.flush()
+    for _ in range(200):
+        bench.now_ns += SECOND // 5
+        bench.turn()
+        while bench.io:
+            first = bench.writes[-1][0] if bench.writes else -1
+            code = bench.io[0][0]
+            bench.end(code, -5 if code == op.WRITE and first == 0 else 0)
+            bench.writes.clear() if code == op.WRITE and first == 0 else None
+    assert bench.volume.statistics()["dirty_objects"] <= 2
+
+
+def test_pauses_grow_and_end() -> None:
+    backoff = Backoff()
+    pauses = []
+    for _ in range(8):
+        backoff.failed(0)
+        pauses.append(backoff.at_ns // 1_000_000)
+    assert pauses == [100, 200, 400, 800, 1600, 3200, 5000, 5000]
+    backoff.succeeded()
+    backoff.failed(0)
+    assert backoff.at_ns == 100_000_000
+
+
+def test_trouble_of_one_is_not_the_trouble_of_all() -> None:
+    trouble = Trouble([])
+    trouble.failed(1, "write", -5, 0)
+    assert trouble.at_ns == 0
+    assert trouble.waits(1, 1)
+    assert not trouble.waits(2, 1)
+    trouble.failed(2, "write", -5, 0)
+    assert trouble.at_ns > 0
+    assert trouble.probing
+    trouble.succeeded(3)
+    assert trouble.at_ns == 0
+    assert not trouble.probing
+    assert trouble
+
+
+@pytest.mark.parametrize(
+    ("servers", "least", "most"),
+    [(1, 1, 3), (4, 3, 6), (16, 8, 16)],
+    ids=["one at a time", "four at once", "as many as one likes"],
+)
+def test_objects_in_flight_adapt_to_what_the_backend_does_side_by_side(servers: int, least: int, most: int) -> None:
+    depth = ObjectsInFlight(16)
+    now_ns = 1
+    free = [0] * servers
+    running: list[int] = []
+    limits = []
+    for _ in range(2000):
+        while len(running) < depth.limit:
+            start = max(heapq.heappop(free), now_ns)
+            heapq.heappush(free, start + 10_000_000)
+            heapq.heappush(running, start + 10_000_000)
+        now_ns = heapq.heappop(running)
+        depth.ended(1024, 1, now_ns, saturated=True)
+        limits.append(depth.limit)
+    mean = sum(limits[500:]) / len(limits[500:])
+    assert least <= mean <= most
+
+
+def test_a_failure_halves_what_is_in_flight() -> None:
+    depth = ObjectsInFlight(16)
+    depth.limit = 12
+    depth.failed()
+    assert depth.limit == 6
+
+
+def test_destaging_yields_to_reads_and_not_to_a_full_log() -> None:
+    modulator = Modulator()
+    modulator.update(0, 0.0, SECOND)
+    assert modulator.objects(8) == 8
+    modulator.update(1, 0.0, SECOND)
+    assert modulator.objects(8) == 1
+    assert modulator.gentle
+    modulator.update(2, 0.75, SECOND)
+    assert modulator.objects(8) == 6
+    assert not modulator.gentle
+    modulator.update(3, 1.0, SECOND)
+    assert modulator.objects(8) == 8
+    modulator.update(3, 0.0, SECOND + QUIET_NS)
+    assert modulator.objects(8) == 8
+
+
+def test_while_the_guest_reads_the_backend_a_few_small_writes_go_at_a_time() -> None:
+    bench = Backend(object_bytes=4 << 20, slots=8192)
+    bench.write(0, 1000)
+    bench.flush()
+    bench.now_ns += 2 * SECOND
+    bench.ask(op.REQUEST_READ, 5000, 1)
+    bench.turn()
+    writes = [code for code, _ in bench.io].count(op.WRITE)
+    assert writes == 2
+    assert all(count <= 128 for _, count in bench.writes)
+    bench.wait(SECOND)
+    assert sum(count for _, count in bench.writes) == 1000

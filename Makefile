@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BUILD_PACKAGES := build-essential dpkg-dev pkg-config python3-venv python3-dev liburing-dev libglib2.0-dev
 GUEST_PACKAGES := qemu-system-x86 qemu-utils busybox-static e2fsprogs xfsprogs fio cpio xz-utils kmod
-TEST_PACKAGES := cryptsetup-bin user-mode-linux dbench util-linux libvirt-daemon-system libvirt-clients libxml2-utils systemd clang-14 libclang-rt-14-dev valgrind
+TEST_PACKAGES := cryptsetup-bin nbdkit openssl user-mode-linux dbench util-linux libvirt-daemon-system libvirt-clients libxml2-utils systemd clang-14 libclang-rt-14-dev valgrind
 LINT_PACKAGES := clang-14 shellcheck libxml2-utils libvirt-clients
 
 # How long `make soak` works at each of its parts, how often it kills the daemon in each of avocado/kills.py, and how long `make fuzz`

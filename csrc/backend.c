@@ -245,6 +245,13 @@ void backend_event(struct backend *backend, uint64_t what, const char *format, .
         engine_event(top->engine, VHC_EV_BACKEND, top->volume->number, what);
 }
 
+void backends_stop(struct volume *volume)
+{
+    for (struct backend *backend = volume->backend; backend; backend = backend->below)
+        if (backend->ops->tick)
+            backend_wake_at(backend, 0);
+}
+
 /* ---- what belongs to whom ---- */
 
 bool backend_adopt(struct volume *volume, vhc_backend *top, char *error, size_t error_bytes)

@@ -92,6 +92,7 @@ void backends_push(vhc_engine *engine);
 void backends_look(vhc_engine *engine); /* timers, and what has ended while it was submitted */
 void backends_ready(vhc_engine *engine, uint32_t number, uint32_t index, uint32_t events);
 void backends_destroy(vhc_engine *engine);
+void backends_stop(struct volume *volume); /* it stops: what wrappers hold is let go */
 /* True: the memory of this read is not touched any more. */
 bool backend_abandon(struct io *io);
 /* The stack below `top` becomes this volume's, and is nobody's again. */

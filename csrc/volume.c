@@ -273,6 +273,7 @@ void vhc_volume_stop(vhc_engine *engine, uint32_t number)
     if (volume->listen_fd >= 0)
         close(volume->listen_fd);
     volume->listen_fd = -1;
+    backends_stop(volume);
     connection_retire(&volume->connection);
 }
 

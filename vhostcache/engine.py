@@ -212,6 +212,13 @@ class Engine:
         handle = lib.vhc_backend_file(self._engine, facts.descriptor, given, error, _ERROR_BYTES)
         return EngineBackend(_checked_handle(handle, error), facts.descriptor)
 
+    def wrap_backend(self, below: EngineBackend, kind: str, parameters: str = "") -> EngineBackend:
+        """A wrapper (delay, fault, retry, trace) on `below`, which only it uses from now on; see engine.cdef."""
+        error = ffi.new("char[]", _ERROR_BYTES)
+        words = os.fsencode(parameters)
+        handle = lib.vhc_backend_wrap(self._engine, below.handle, kind.encode(), words, error, _ERROR_BYTES)
+        return EngineBackend(_checked_handle(handle, error), below.facts.descriptor)
+
     # Volumes.
 
     def add_volume(

@@ -254,7 +254,7 @@ def test_a_kill_at_each_step_of_a_resize_loses_nothing(disk: CachedDisk, step: i
         frontend.write(4 * MIB, noise(65536, "flushed"))
         frontend.flush()
         frontend.write(5 * MIB, noise(65536, "acknowledged"))
-        refusal(disk, DISK_BYTES + MIB)
+        assert "does not speak" in refusal(disk, DISK_BYTES + MIB), "the connection ends in the midst of it"
     with pytest.raises(GuestError):
         disk.daemon.wait()
     disk.daemon.program = [str(VHOSTCACHE)]

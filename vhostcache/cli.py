@@ -315,7 +315,9 @@ def export(
     discard_dirty_data: bool,
     **options: Any,
 ) -> None:
-    """Serve IMAGE (a raw image or a block device) as a virtio disk at a vhost-user socket.
+    """Serve IMAGE (a raw image, a block device or the URI of an NBD export) as a virtio disk at a vhost-user socket.
+
+    Other formats, such as qcow2, and everything else that QEMU opens are served by `serve`, from a configuration.
 
     Prints the QEMU arguments that attach it, then one line an event. SIGTERM or Ctrl-C drains: everything goes to the
     image, or with --cache to the cache file (and with --drain-on-exit to the image); the exit status is 0. SIGUSR1
@@ -340,6 +342,7 @@ def export(
       vhostcache export disk.img --socket /run/vda.sock --cache /ssd/vda.cache --cache-size 8GiB
       vhostcache export disk.img --socket /run/vda.sock --ram 1GiB --mode none --num-queues 4
       vhostcache export /dev/vg0/guest --socket /run/vda.sock --socket-mode 0666 --log-format json
+      vhostcache export nbd://server/export --socket /run/vda.sock --cache /ssd/vda.cache --cache-size 8GiB
     """
     config = _export_config(image, socket, control or f"{socket}.control", options)
     _serve(config, shutdown_on_disconnect, {config.volumes[0].name} if discard_dirty_data else set())
@@ -370,7 +373,7 @@ def serve(file: str, check: bool, discard_dirty_data: tuple[str, ...], **options
           mode: none                     # writeback, none, writethrough, directsync, unsafe
         - name: logs
           socket: logs.sock
-          backend: {path: /dev/vg0/logs}
+          backend: {type: nbd, uri: "nbd://server/logs"}
           object_size: 1MiB
           cache: {path: /ssd/logs.cache, size: 8GiB}
 
@@ -496,20 +499,21 @@ def _export_config(image: str, socket: str, control: str, options: dict[str, Any
     from pydantic import ValidationError
 
     from vhostcache.config import Config, explain_options, refuse_duplicates
+    from vhostcache.config_backend import is_nbd_uri
 
     top = {key: options.pop(key) for key in ("log_format", "poll_max_us", "io_engine")}
     cache = {key: options.pop(name) for key, name in _CACHE_OPTIONS.items()}
     parts = ("writeback", "direct", "no_flush", "destage")
     volume = {
         "socket": socket,
-        "backend": {"type": "file", "path": image},
+        "backend": {"type": "nbd", "uri": image} if is_nbd_uri(image) else {"type": "file", "path": image},
         "cache": {key: value == "on" if key in parts else value for key, value in cache.items() if value is not None},
         **{key: value for key, value in options.items() if value is not None},
     }
     # In messages a key is called by its option.
     here = ("volumes", 0)
     names: dict[tuple[str | int, ...], str] = {(*here, key): f"--{key.replace('_', '-')}" for key in (*volume, "ram")}
-    names |= {(*here, "backend", "path"): "IMAGE", ("control",): "--control"}
+    names |= {(*here, "backend", "path"): "IMAGE", (*here, "backend", "uri"): "IMAGE", ("control",): "--control"}
     names |= {(*here, "cache", key): f"--{name.replace('_', '-')}" for key, name in _CACHE_OPTIONS.items()}
     names[(*here, "cache", "path")] = "--cache"
 

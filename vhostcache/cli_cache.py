@@ -14,19 +14,24 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from vhostcache.errors import ImageError, why
+from vhostcache.errors import ImageError, UsageError, why
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from vhostcache.backend.base import Backend, Opened
     from vhostcache.backend.file import FileBackend
     from vhostcache.cachefile import CacheFile
+    from vhostcache.config import VolumeConfig
+    from vhostcache.config_backend import FileBackendConfig, NbdBackendConfig, QsdBackendConfig
     from vhostcache.log.offline import CorruptRange
+    from vhostcache.log.offline import Image as Writer
     from vhostcache.log.recovery import BackendFacts, Finding
     from vhostcache.log.superblock import Superblock
     from vhostcache.log.tier import Tier
@@ -35,10 +40,21 @@ EXIT_CLEAN: Final = 0
 EXIT_DIRTY: Final = 1
 EXIT_CORRUPT: Final = 2
 CORRUPT_SHOWN: Final = 100
+ZERO_BYTES: Final = 64 << 20  # at once, so that Ctrl-C is heard
 
 _CACHE: Final = click.argument("cache", type=click.Path())
 _RAM_DIR: Final = click.option(
     "--ram-dir", type=click.Path(), metavar="FOLDER", help="Where the daemon has its RAM tier, if that is not usual."
+)
+
+
+_MAYBE_CACHE: Final = click.argument("cache", type=click.Path(), required=False)
+_CONFIG: Final = click.option(
+    "--config", type=click.Path(), metavar="FILE", help="Take cache file and image from this configuration of `serve`."
+)
+_VOLUME: Final = click.option("--volume", metavar="NAME", help="Which of its volumes, if it has several.")
+_BACKEND: Final = click.option(
+    "--backend", type=click.Path(), metavar="IMAGE", help="The image that it belongs to, or the URI of an NBD export."
 )
 
 
@@ -69,22 +85,31 @@ def info_command(cache: str, top: int, ram_dir: str | None) -> None:
 
 
 @click.command(short_help="Read all of a cache file and hold it against its checksums.")
-@_CACHE
-@click.option("--backend", type=click.Path(), metavar="IMAGE", help="The image, to see whether they belong together.")
+@_MAYBE_CACHE
+@_BACKEND
+@_CONFIG
+@_VOLUME
 @_RAM_DIR
-def check_command(cache: str, backend: str | None, ram_dir: str | None) -> None:
+def check_command(
+    cache: str | None, backend: str | None, config: str | None, volume: str | None, ram_dir: str | None
+) -> None:
     """Read all of CACHE, which is not changed, and hold every block against its checksum.
+
+    With an image it also says whether they belong together.
 
     Exit status: 0 clean: the image has everything. 1 dirty: it has not, or a start would be refused. 2 corrupt; what
     is damaged is listed as ranges of the disk.
 
     \b
       vhostcache check /var/cache/vda.cache --backend disk.img
+      vhostcache check --config disks.yaml --volume vda
     """
     from vhostcache.log import offline
 
-    with _opened(cache, ram_dir) as (file, tier), _image(backend, read_only=True) as image:
-        facts = _facts(image, file) if image is not None else None
+    chosen = _Chosen(cache, backend, config, volume, ram_dir)
+    cache = chosen.cache
+    with _opened(cache, chosen.ram_dir) as (file, tier), _image(chosen, read_only=True) as image:
+        facts = _facts(image.backend, file) if image is not None else None
         finding = _examine(file, tier, facts)
         corrupt: list[offline.CorruptRange] = []
         if finding.walk is not None and finding.superblock is not None:
@@ -112,8 +137,10 @@ def check_command(cache: str, backend: str | None, ram_dir: str | None) -> None:
 
 
 @click.command(short_help="Write what only a cache file has back to its image.")
-@_CACHE
-@click.option("--backend", type=click.Path(), metavar="IMAGE", required=True, help="The image that it belongs to.")
+@_MAYBE_CACHE
+@_BACKEND
+@_CONFIG
+@_VOLUME
 @click.option(
     "--accept-lost-ram",
     is_flag=True,
@@ -124,14 +151,30 @@ def check_command(cache: str, backend: str | None, ram_dir: str | None) -> None:
     is_flag=True,
     help="Go on where data fails its checksum: it is lost, and the image keeps its older version of it.",
 )
+@click.option(
+    "--accept-moved",
+    is_flag=True,
+    help="Go on where the cache knows its image by another path or address, and the image cannot be marked.",
+)
 @_RAM_DIR
-def drain_command(cache: str, backend: str, accept_lost_ram: bool, give_up_damaged: bool, ram_dir: str | None) -> None:
-    """Write everything that only CACHE has back to IMAGE, as a daemon would.
+def drain_command(
+    cache: str | None,
+    backend: str | None,
+    config: str | None,
+    volume: str | None,
+    accept_lost_ram: bool,
+    give_up_damaged: bool,
+    accept_moved: bool,
+    ram_dir: str | None,
+) -> None:
+    """Write everything that only CACHE has back to its image, as a daemon would.
 
     Afterwards the image stands on its own, and the cache is clean. A drain that is interrupted can be started again.
 
     \b
       vhostcache drain /var/cache/vda.cache --backend disk.img
+      vhostcache drain /var/cache/vda.cache --backend nbd://server/export
+      vhostcache drain --config disks.yaml --volume vda
     """
     from vhostcache import cachefile
     from vhostcache.assembly import boot_id
@@ -139,11 +182,15 @@ def drain_command(cache: str, backend: str, accept_lost_ram: bool, give_up_damag
     from vhostcache.log import offline, recovery
     from vhostcache.tierfile import TierFolder
 
+    chosen = _Chosen(cache, backend, config, volume, ram_dir)
+    cache, ram_dir = chosen.cache, chosen.ram_dir
+    if chosen.backend is None:
+        raise UsageError("--backend", "the image is missing", "an image or an NBD URI, or --config")
     subject = cachefile.subject(cache)
-    with _opened(cache, ram_dir, write=True) as (file, tier), _image(backend, read_only=False) as image:
+    with _opened(cache, ram_dir, write=True) as (file, tier), _image(chosen, read_only=False) as image:
         assert image is not None
-        mark = image.read_mark()
-        facts = _facts(image, file)
+        mark = image.backend.read_mark()
+        facts = _facts(image.backend, file, accept_moved)
         with _bar("draining") as bar:
             task = bar.add_task("", total=None)
             recovered = recovery.recover(
@@ -159,17 +206,18 @@ def drain_command(cache: str, backend: str, accept_lost_ram: bool, give_up_damag
                 file,
                 recovered.superblock,
                 recovered.records,
-                _ImageWriter(backend, image),
+                image.writer,
                 subject=subject,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
                 give_up=_say_lost if give_up_damaged else None,
             )
-        closed = recovery.close(file, recovered.superblock, _facts(image, file), destaged=True)
+        image.backend.settle()
+        closed = recovery.close(file, recovered.superblock, _facts(image.backend, file, accept_moved), destaged=True)
         if mark is not None and mark.uuid == closed.uuid:
-            image.write_mark(Mark(closed.uuid, closed.epoch, dirty=False))
+            image.backend.write_mark(Mark(closed.uuid, closed.epoch, dirty=False))
         if os.path.isdir(folder := _ram_folder(ram_dir)):
             TierFolder(folder).remove(closed.uuid)
-    click.echo(f"{backend}: {_size(written * 4096)} written, {cache} is clean")
+    click.echo(f"{chosen.backend.label}: {_size(written * 4096)} written, {cache} is clean")
 
 
 def _say_lost(ranges: list[CorruptRange]) -> None:
@@ -236,21 +284,104 @@ def _ram_folder(ram_dir: str | None) -> str:
     return ram_dir or default_folder()
 
 
-@contextlib.contextmanager
-def _image(path: str | None, read_only: bool) -> Iterator[FileBackend | None]:
-    from vhostcache.backend.file import FileBackend
+class _Chosen:
+    """What the options name: a cache file, and perhaps what it belongs to."""
 
-    if path is None:
-        yield None
-        return
-    backend = FileBackend(path, read_only=read_only, direct=False, lock_wait_s=0.0)
+    backend: FileBackendConfig | NbdBackendConfig | QsdBackendConfig | None = None
+
+    def __init__(
+        self, cache: str | None, backend: str | None, config: str | None, volume: str | None, ram_dir: str | None
+    ) -> None:
+        from vhostcache.config import MIB
+
+        self.object_bytes = 64 * MIB  # a multiple of every cluster
+        if config is not None:
+            if backend is not None:
+                raise UsageError("--backend", "found beside --config", "one of the two")
+            found = _volume_of(config, volume)
+            self.backend, self.object_bytes = found.backend, found.object_size
+            cache = cache or found.cache.path
+            ram_dir = ram_dir or found.cache.ram_dir
+        elif volume is not None:
+            raise UsageError("--volume", "found without --config", "both or none")
+        elif backend is not None:
+            self.backend = _backend_config(backend)
+        if not cache:
+            raise UsageError("CACHE", "the cache file is missing", "its path, or --config and --volume")
+        self.cache, self.ram_dir = cache, ram_dir
+
+
+def _volume_of(config: str, volume: str | None) -> VolumeConfig:
+    from vhostcache.config import load
+
+    volumes = load(config).volumes
+    names = ", ".join(one.name for one in volumes)
+    if volume is None and len(volumes) > 1:
+        raise UsageError("--volume", f"'{config}' has several volumes", f"one of {names}")
+    found = next((one for one in volumes if volume in (None, one.name)), None)
+    if found is None:
+        raise UsageError("--volume", f"found '{volume}'; allowed: {names}")
+    return found
+
+
+def _backend_config(backend: str) -> FileBackendConfig | NbdBackendConfig:
+    from pydantic import ValidationError
+
+    from vhostcache.config_backend import FileBackendConfig, NbdBackendConfig, is_nbd_uri
+
     try:
-        yield backend
-    finally:
-        backend.close()
+        if is_nbd_uri(backend):
+            return NbdBackendConfig.model_validate({"type": "nbd", "uri": backend})
+        return FileBackendConfig(path=backend)
+    except ValidationError as error:
+        context = error.errors()[0].get("ctx", {})
+        raise UsageError("--backend", f"found '{backend}'; allowed: {context.get('allowed', 'a path')}") from None
 
 
-def _facts(image: FileBackend, file: CacheFile) -> BackendFacts:
+@dataclass(frozen=True)
+class _OpenImage:
+    backend: Backend
+    writer: Writer
+
+
+@contextlib.contextmanager
+def _image(chosen: _Chosen, read_only: bool) -> Iterator[_OpenImage | None]:
+    from vhostcache.backend.file import FileBackend
+    from vhostcache.config_backend import FileBackendConfig
+
+    config = chosen.backend
+    if config is None:
+        yield None
+    elif isinstance(config, FileBackendConfig):
+        file = FileBackend(config.path, read_only=read_only, direct=False, lock_wait_s=0.0)
+        with contextlib.closing(file):
+            yield _OpenImage(file, _FileWriter(config.path, file))
+    else:
+        with _connected(config, read_only, chosen.object_bytes) as image:
+            yield image
+
+
+@contextlib.contextmanager
+def _connected(config: NbdBackendConfig | QsdBackendConfig, read_only: bool, object_bytes: int) -> Iterator[_OpenImage]:
+    """Through the engine, which has the client."""
+    from vhostcache.backend.nbd import NbdBackend
+    from vhostcache.backend.qsd import QsdBackend
+    from vhostcache.config_backend import NbdBackendConfig
+    from vhostcache.engine import Engine
+
+    with contextlib.ExitStack() as stack:
+        backends = stack.enter_context(contextlib.ExitStack())  # closed after the engine
+        engine: Any = stack.enter_context(Engine(poll_max_us=0))
+        backend: Backend
+        if isinstance(config, NbdBackendConfig):
+            backend = NbdBackend(config, engine, read_only)
+        else:
+            backend = QsdBackend(config, engine, read_only, False, object_bytes)
+        backends.callback(backend.close)
+        yield _OpenImage(backend, _EngineWriter(backend, backend.attach(engine)))
+
+
+def _facts(image: Backend, file: CacheFile, accept_moved: bool = False) -> BackendFacts:
     """The image, judged by its mark first: an old copy of a cache file is told by that alone."""
     from vhostcache import identity
     from vhostcache.assembly import image_of
@@ -258,6 +389,8 @@ def _facts(image: FileBackend, file: CacheFile) -> BackendFacts:
 
     block = recovery.read_superblock(file)
     found = image_of(image)
+    if block is not None and accept_moved and not found.can_be_marked:
+        found = replace(found, stamp=replace(found.stamp, identity=block.backend_identity))
     if block is not None:
         identity.with_cache(found, file.path, block)
     return identity.backend_facts(found, block)
@@ -289,7 +422,38 @@ def _bar(what: str) -> Progress:
     return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
-class _ImageWriter:
+class _EngineWriter:
+    """The image behind a server, for `offline.drain`."""
+
+    def __init__(self, backend: Backend, opened: Opened) -> None:
+        self._subject = backend.identity
+        self._opened = opened
+        self.size_bytes = backend.facts.size_bytes
+
+    def write(self, offset: int, data: bytes) -> None:
+        with self._attempt(f"cannot be written at byte {offset}"):
+            self._opened.write(offset, data)
+
+    def write_zeroes(self, offset: int, size: int, unmap: bool) -> None:
+        with self._attempt(f"cannot be zeroed at byte {offset}"):
+            for at in range(offset, offset + size, ZERO_BYTES):
+                self._opened.zero(at, min(ZERO_BYTES, offset + size - at))
+
+    def sync(self) -> None:
+        with self._attempt("cannot be flushed"):
+            self._opened.flush()
+
+    @contextlib.contextmanager
+    def _attempt(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except InterruptedError:
+            raise KeyboardInterrupt from None
+        except OSError as error:
+            raise ImageError(self._subject, f"{what}: {why(error)}") from error
+
+
+class _FileWriter:
     """The image, for `offline.drain`."""
 
     def __init__(self, path: str, backend: FileBackend) -> None:

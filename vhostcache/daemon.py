@@ -22,14 +22,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, Literal
 
 from vhostcache import metrics
 from vhostcache.assembly import CacheClaim, claim_without_cache
-from vhostcache.backend.base import Backend
-from vhostcache.backend.file import FileBackend
+from vhostcache.backend.base import Backend, Opened
+from vhostcache.backend.opening import open_backend, stack_backend
 from vhostcache.config import Config, VolumeConfig
-from vhostcache.config_backend import FileBackendConfig
 from vhostcache.control import ControlChannel, Question
 from vhostcache.engine import Engine
 from vhostcache.errors import EXIT_OK, EXIT_RUNTIME, ControlError, ResizeError, UsageError, why_number
@@ -66,11 +66,15 @@ _JOBS: Final = 4
 _ENDED: Final = object()
 _WAKE_UP: Final = 0  # in place of a signal's number: another thread has something for the loop
 _WATCH_SIGNALS: Final = 0  # the control server's numbers count up from 1, one for each start
+_WATCH_BACKENDS: Final = 1 << 24  # and the volume's number, for all that its backend has to say
 
-_LEVELS: Final = {
+_LEVELS: Final[dict[str, Literal["info", "warning", "error"]]] = {
     "backend-recovered": "info",
     "cache-recovered": "info",
     "no-direct-io": "warning",
+    "backend-lost": "warning",
+    "qsd-message": "warning",
+    "qsd-restarted": "info",
 }  # of notices; the others are errors
 
 
@@ -86,6 +90,7 @@ class Served:
 
     config: VolumeConfig
     backend: Backend
+    top: Opened  # of the backend and its wrappers
     listener: Listener
     volume: Volume | LogVolume
     claim: CacheClaim | None = None
@@ -152,19 +157,24 @@ class Daemon:
         """Serve until told to stop. Error: something was refused, and nothing has been started."""
         with contextlib.ExitStack() as stack:
             _raise_descriptor_limit(len(self._config.volumes))
-            backends = [self._open_backend(volume, stack) for volume in self._config.volumes]
-            claims = [
-                self._claim(volume, backend, stack)
-                for volume, backend in zip(self._config.volumes, backends, strict=True)
-            ]
-            listeners = [self._bind(volume.socket, volume.socket_mode, stack) for volume in self._config.volumes]
-            control = self._bind(self._config.control, 0o600, stack) if self._config.control is not None else None
+            # At the end in this order: the engine, with all I/O; sockets; claims, which say how the images were left;
+            # the backends. The engine is there first because some backends are opened by it.
+            opened, claimed, bound = (stack.enter_context(contextlib.ExitStack()) for _ in range(3))
             self._engine = self._engine_class(
                 poll_max_us=self._config.poll_max_us, force_threads=self._config.io_engine == "threads"
             )
             stack.callback(self._engine.close)
+            backends = [self._open_backend(volume, opened) for volume in self._config.volumes]
+            claims = [
+                self._claim(volume, backend, claimed)
+                for volume, backend in zip(self._config.volumes, backends, strict=True)
+            ]
+            listeners = [self._bind(volume.socket, volume.socket_mode, bound) for volume in self._config.volumes]
+            control = self._bind(self._config.control, 0o600, bound) if self._config.control is not None else None
             for volume, backend, listener, claim in zip(self._config.volumes, backends, listeners, claims, strict=True):
                 self._served.append(self._add(volume, backend, listener, claim))
+            for index, served in enumerate(self._served):
+                served.backend.watch(partial(self._watch_backend, index))
             self._catch_signals(stack)
             stack.callback(self._join_growths)
             if control is not None:
@@ -188,9 +198,9 @@ class Daemon:
         return EXIT_RUNTIME if any(served.failed for served in self._served) else EXIT_OK
 
     def _open_backend(self, volume: VolumeConfig, stack: contextlib.ExitStack) -> Backend:
-        if not isinstance(volume.backend, FileBackendConfig):
+        if volume.backend.type != "file" and not hasattr(self._engine, "nbd_backend"):
             raise UsageError(volume.name, f"a backend of type {volume.backend.type} cannot be served yet")
-        backend = FileBackend(volume.backend.path, volume.read_only, volume.cache_mode.direct)
+        backend = open_backend(volume, self._opener)
         stack.callback(backend.close)
         for warning in backend.warnings:
             self._notice(volume.name, warning.event, warning.fields)
@@ -218,9 +228,10 @@ class Daemon:
 
     def _add(self, config: VolumeConfig, backend: Backend, listener: Listener, claim: CacheClaim | None) -> Served:
         facts, mode = backend.facts, config.cache_mode
+        top = stack_backend(config, backend, self._opener)
         common: dict[str, Any] = {
             "listen_fd": listener.detach(),
-            "backend": self._engine.file_backend(facts),
+            "backend": top,
             "size_bytes": facts.size_bytes,
             "slots": slots_for_ram(config.ram),
             "object_bytes": config.object_size,
@@ -247,7 +258,7 @@ class Daemon:
             backend_timeout_ns=config.backend_timeout or 0,
         )
         volume = Volume(settings, self._operations)
-        return Served(config, backend, listener, volume, write_cache=mode.writeback)
+        return Served(config, backend, top, listener, volume, write_cache=mode.writeback)
 
     def _add_logged(
         self, config: VolumeConfig, backend: Backend, listener: Listener, claim: CacheClaim, common: dict[str, Any]
@@ -301,6 +312,7 @@ class Daemon:
         return Served(
             config,
             backend,
+            common["backend"],
             listener,
             volume,
             claim,
@@ -326,6 +338,13 @@ class Daemon:
         self._signals, self._waker = receiver, sender
         self._engine.watch(receiver.fileno(), _WATCH_SIGNALS)
 
+    @property
+    def _opener(self) -> Any:
+        return self._engine
+
+    def _watch_backend(self, index: int, descriptor: int) -> None:
+        self._engine.watch(descriptor, _WATCH_BACKENDS + index)
+
     def _watch_control(self, descriptor: int) -> None:
         self._control_number += 1
         self._engine.watch(descriptor, self._control_number)
@@ -339,6 +358,7 @@ class Daemon:
                 volume=served.name,
                 socket=served.config.socket,
                 backend=served.config.backend.label,
+                backend_type=served.backend.kind,
                 size_bytes=facts.size_bytes,
                 mode=served.config.cache_mode.name,
                 direct=facts.direct,
@@ -463,6 +483,10 @@ class Daemon:
         for index, served in enumerate(self._served):
             if served.growth is not None and served.growth.ended:
                 self._backend_has_grown(index, served, served.growth)
+        for served in self._served:
+            if now_ns >= served.backend.wake_at_ns:
+                self._look_at_backend(served, now_ns)
+            wake_ns = min(wake_ns, served.backend.wake_at_ns)
         draining = [served for served in self._served if served.state is State.DRAINING]
         if draining:
             if self._operations:
@@ -516,6 +540,8 @@ class Daemon:
                 self._read_signals(now_ns)
             elif index == self._control_number:
                 self._read_control(now_ns)
+            elif index >= _WATCH_BACKENDS:
+                self._look_at_backend(self._served[index - _WATCH_BACKENDS], now_ns)
             return
         served = self._served[index]
         volume, log, name = served.volume, self._log, served.name
@@ -557,6 +583,16 @@ class Daemon:
             self._engine.volume_stopped(index)
         elif kind == EVENT_BAD_REQUEST:
             log.limited(now_ns, "warning", "bad-request", name, count=argument)
+        elif kind == EVENT_BACKEND:
+            notice = served.backend.happened(argument, served.top.message, now_ns)
+            if notice is not None:
+                log.limited(now_ns, _LEVELS.get(notice.event, "error"), notice.event, name, **notice.fields)
+
+    def _look_at_backend(self, served: Served, now_ns: int) -> None:
+        for notice in served.backend.look(now_ns):
+            level = _LEVELS.get(notice.event, "error")
+            self._log.limited(now_ns, level, notice.event, served.name, **notice.fields)
+        self._rare = self._rare or served.backend.wake_at_ns < NEVER
 
     def _disconnected(self, served: Served, reason: int, index: int, now_ns: int) -> None:
         served.connected = False
@@ -753,6 +789,8 @@ class Daemon:
     def _report(self, index: int) -> None:
         served = self._served[index]
         fields = metrics.statistics(self._engine.volume_statistics(index), served.volume.statistics())
+        if served.backend.kind != "file":
+            fields["connection"] = served.top.statistics()
         self._log.info("statistics", volume=served.name, **fields, engine=self._engine.engine_statistics())
 
     def _answer_status(self) -> Iterator[None]:
@@ -781,6 +819,7 @@ class Daemon:
             "connected": served.connected,
             "socket": config.socket,
             "backend": config.backend.label,
+            "backend_status": served.backend.status(time.monotonic_ns()),
             "mode": config.cache_mode.name,
             "read_only": config.read_only,
             "size_bytes": served.volume.size_bytes,

@@ -166,6 +166,7 @@ def _foreign(image: Image, path: str) -> RefusedError:
         cache_subject(path),
         "belongs to another image",
         f"the cache of {image.subject}, or a new name",
-        "choose another file; if the image has only been moved and cannot be marked, move it back",
+        "choose another file; if it is the same image at another path or address, `vhostcache drain --accept-moved` "
+        "writes the cache back to it",
         discardable=False,
     )

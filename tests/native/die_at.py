@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vhostcache import cli, daemon
-from vhostcache.backend import mark
+from vhostcache.backend import mark, opening
 from vhostcache.backend.file import FileBackend
 from vhostcache.cachefile import CacheFile
 from vhostcache.engine import Engine
@@ -64,7 +64,7 @@ def growing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 if what == "resize":
     setattr(Checkpointer, "_write", growing(Checkpointer._write))  # noqa: B010 - mypy
-    daemon.FileBackend = Resizing  # type: ignore[misc]
+    opening.FileBackend = Resizing  # type: ignore[misc]
     STEPS = (
         (os, ("ftruncate",)),
         (daemon.Daemon, ("_backend_has_grown",)),

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from vhostcache.backend.base import Notice
-from vhostcache.backend.qsd_server import NEVER, QsdServer
+from vhostcache.backend.base import NEVER, Notice
+from vhostcache.backend.qsd_server import QsdServer
 from vhostcache.config_backend import QsdBackendConfig
 from vhostcache.errors import ImageError
 

@@ -2,20 +2,28 @@
 
 A backend is opened before the engine takes its volume and closed after the engine has let go of it. Opening does
 everything that can be refused (existence, permission, size, locks) and touches no byte of the data. The engine then
-reads and writes through `descriptor`; the backend itself is asked for facts only.
+reads and writes through what `attach` gives it; the backend itself is asked for facts only, for its mark, and for what
+has become of it.
 
     Refused  ImageError, one line.
     Warned   opened, but not as asked (no O_DIRECT on this file system): one Notice in `warnings`, to be logged once.
+
+Nothing here knows the engine: it is handed in as an `Opener`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, Protocol
 
 from vhostcache.backend.mark import Mark
 from vhostcache.errors import ImageError
+
+IDENTITY_BYTES: Final = 64
+NEVER: Final = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,46 @@ class Stamp:
     mtime_ns: int  # of its data; 0: nobody can tell
 
 
+def identity_bytes(text: bytes) -> bytes:
+    """At most 64 bytes of it: what is longer keeps its end, for people, behind a hash of it all."""
+    if len(text) <= IDENTITY_BYTES:
+        return text
+    digest = hashlib.sha256(text).hexdigest()[:32].encode()
+    return digest + b"..." + text[len(digest) + 3 - IDENTITY_BYTES :]
+
+
+class Opened(Protocol):
+    """The engine's side of a backend, or of a stack of them: vhostcache.engine.EngineBackend."""
+
+    @property
+    def facts(self) -> Facts: ...
+    @property
+    def message(self) -> str: ...
+    def statistics(self) -> dict[str, Any]: ...
+    def write(self, offset_bytes: int, data: bytes) -> None: ...
+    def zero(self, offset_bytes: int, size_bytes: int) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Opener(Protocol):
+    """What makes them: vhostcache.engine.Engine. EngineError: one line."""
+
+    def file_backend(self, facts: Facts) -> Opened: ...
+    def nbd_backend(
+        self,
+        uri: str,
+        *,
+        connections: int,
+        read_only: bool,
+        tls_certificates: str | None,
+        tls_psk_file: str | None,
+        tls_username: str | None,
+        tls_verify: bool,
+    ) -> Opened: ...
+    def wrap_backend(self, below: Any, kind: str, parameters: str) -> Opened: ...
+
+
 class Backend(ABC):
     """One opened backend."""
 
@@ -70,6 +118,10 @@ class Backend(ABC):
     @abstractmethod
     def identity(self) -> str:
         """What people call it, in messages."""
+
+    @abstractmethod
+    def attach(self, opener: Opener) -> Opened:
+        """What the engine reads and writes through. Once."""
 
     @abstractmethod
     def check(self) -> Notice | None:
@@ -108,3 +160,25 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of it and of its locks. More than once is allowed."""
+
+    # What becomes of it while it is served. A backend of which there is nothing to say leaves these as they are.
+
+    def watch(self, watch: Callable[[int], None]) -> None:  # noqa: B027 - most have none
+        """Give every descriptor that it wants watched, now and later, to `watch`; each is closed when that is over."""
+
+    def look(self, now_ns: int) -> list[Notice]:
+        """One of them is readable, or `wake_at_ns` has come; what is to be logged. Never waits."""
+        return []
+
+    @property
+    def wake_at_ns(self) -> int:
+        """When to look anyway, on CLOCK_MONOTONIC."""
+        return NEVER
+
+    def happened(self, what: int, message: str, now_ns: int) -> Notice | None:
+        """The engine has told something of it (VHC_EV_BACKEND); a Notice, if it is news."""
+        return None
+
+    def status(self, now_ns: int) -> dict[str, Any]:
+        """Its type, and the state of what can be lost."""
+        return {"type": self.kind}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import hashlib
 import mmap
 import os
 import stat
@@ -19,12 +18,11 @@ from dataclasses import replace
 from typing import ClassVar, Final
 
 from vhostcache.backend import locks, mark
-from vhostcache.backend.base import Backend, Facts, Notice, Stamp
+from vhostcache.backend.base import Backend, Facts, Notice, Opened, Opener, Stamp, identity_bytes
 from vhostcache.backend.mark import Mark
 from vhostcache.errors import ImageError, why
 
 SECTOR_BYTES: Final = 512
-IDENTITY_BYTES: Final = 64
 
 # A killed daemon's last writes may still be on their way, and hold its locks until they have landed.
 LOCK_WAIT_S: Final = 1.0
@@ -92,6 +90,9 @@ class FileBackend(Backend):
     def identity(self) -> str:
         return f"image '{self._path}'"
 
+    def attach(self, opener: Opener) -> Opened:
+        return opener.file_backend(self.facts)
+
     def check(self) -> Notice | None:
         try:
             size_bytes = self._size_bytes()
@@ -149,11 +150,7 @@ class FileBackend(Backend):
         """
         path = os.path.abspath(self._path) if self._is_device else os.path.realpath(self._path)
         mtime_ns = 0 if self._is_device else os.fstat(self._descriptor).st_mtime_ns
-        identity = os.fsencode(path)
-        if len(identity) > IDENTITY_BYTES:
-            digest = hashlib.sha256(identity).hexdigest()[:32].encode()
-            identity = digest + b"..." + identity[len(digest) + 3 - IDENTITY_BYTES :]
-        return Stamp(identity, mtime_ns)
+        return Stamp(identity_bytes(os.fsencode(path)), mtime_ns)
 
     def settle(self) -> Stamp:
         # fdatasync leaves a file's time to the next journal commit.

@@ -30,12 +30,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from vhostcache.backend.base import Notice
+from vhostcache.backend.base import NEVER, Notice
 from vhostcache.config_backend import QsdBackendConfig
 from vhostcache.errors import ImageError, one_line, why
 from vhostcache.sockets import PATH_BYTES
 
-NEVER: Final = 1 << 62
 START_S: Final = 60.0  # what opening an image over a network may take
 LOCK_WAIT_S: Final = 5.0  # a killed daemon's last writes may still be on their way, and hold the image's locks
 STOP_S: Final = 30.0  # and what closing one may take
@@ -104,6 +103,11 @@ class QsdServer:
     def uri(self) -> str:
         """Where it serves its only export."""
         return f"nbd+unix:///?socket={self.socket_path}"
+
+    @property
+    def is_stopping(self) -> bool:
+        """Its end is ours."""
+        return self._stopping
 
     @property
     def pid(self) -> int:

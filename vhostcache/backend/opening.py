@@ -1,0 +1,33 @@
+"""From a configuration to an opened backend with its wrappers around it."""
+
+from __future__ import annotations
+
+from vhostcache.backend.base import Backend, Opened, Opener
+from vhostcache.backend.file import FileBackend
+from vhostcache.backend.nbd import NbdBackend
+from vhostcache.backend.qsd import QsdBackend
+from vhostcache.config import VolumeConfig
+from vhostcache.config_backend import FileBackendConfig, NbdBackendConfig
+from vhostcache.errors import EngineError, UsageError
+
+
+def open_backend(volume: VolumeConfig, opener: Opener) -> Backend:
+    """ImageError: one line, and nothing is left open but what the engine closes with itself."""
+    config = volume.backend
+    if isinstance(config, FileBackendConfig):
+        return FileBackend(config.path, volume.read_only, volume.cache_mode.direct)
+    if isinstance(config, NbdBackendConfig):
+        return NbdBackend(config, opener, volume.read_only)
+    return QsdBackend(config, opener, volume.read_only, volume.cache_mode.direct, volume.object_size)
+
+
+def stack_backend(volume: VolumeConfig, backend: Backend, opener: Opener) -> Opened:
+    """What the engine serves the volume from: the backend, and what is wrapped around it, the outermost last."""
+    top = backend.attach(opener)
+    for number, wrap in enumerate(volume.backend.wrap):
+        try:
+            top = opener.wrap_backend(top, wrap.kind, wrap.wrapper.parameters())
+        except EngineError as error:
+            where = f"volume '{volume.name}', backend.wrap[{number}].{wrap.kind}"
+            raise UsageError(where, error.found, error.expected, error.hint) from error
+    return top

@@ -1,0 +1,156 @@
+"""Whatever QEMU can open, through a qemu-storage-daemon of one's own and NBD.
+
+The volume's backend is the export; the process is supervised by qsd_server.py, and its death is a lost connection until
+the next one serves. Where all of it lies in one file of this host, that file is marked as an image is (mark.py), and
+its time of change is watched; anything else is known by its description and its size, as a block device is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import stat
+from collections.abc import Callable
+from typing import Any, ClassVar, Final
+
+from vhostcache.backend import mark
+from vhostcache.backend.base import Backend, Notice, Opened, Opener, Stamp, identity_bytes
+from vhostcache.backend.mark import Mark
+from vhostcache.backend.nbd import Connection, connect
+from vhostcache.backend.qsd_server import QsdServer
+from vhostcache.config_backend import NbdBackendConfig, QsdBackendConfig
+from vhostcache.errors import ImageError
+
+CONNECTIONS: Final = 4  # QEMU's server takes 16 requests of each at once
+SETTLE_S: Final = 5.0  # it has flushed: a kill loses nothing, and the loop waits
+
+
+class QsdBackend(Backend):
+    """See the module."""
+
+    kind: ClassVar[str] = "qsd"
+
+    def __init__(
+        self, config: QsdBackendConfig, opener: Opener, read_only: bool, direct: bool, object_bytes: int
+    ) -> None:
+        """Start it and connect. ImageError: one line, and nothing is left running."""
+        self._config = config
+        self._connection = Connection(config.label)
+        self._descriptor = self._open_image()
+        before_ns = self._changed_ns()
+        self._server: QsdServer | None = None
+        try:
+            self._server = server = QsdServer(config, self.identity, read_only, direct)
+            server.start()
+            assert server.node is not None
+            self.warnings = server.warnings
+            self._refuse_small_objects(server.node.cluster_bytes, object_bytes)
+            uri = NbdBackendConfig.model_validate({"type": "nbd", "uri": server.uri, "connections": CONNECTIONS})
+            self._opened = connect(self.identity, uri, server.uri, opener, read_only)
+        except BaseException:
+            self.close()
+            raise
+        # Opening it for writing may change what is in the file. That is not somebody else's doing.
+        self._opening_ns = (before_ns, self._changed_ns())
+        self.facts = dataclasses.replace(
+            self._opened.facts,
+            direct=server.node.direct,
+            wants_whole_objects=config.compresses,
+            preferred_bytes=server.node.cluster_bytes if config.compresses else self._opened.facts.preferred_bytes,
+        )
+
+    def _open_image(self) -> int:
+        """The file that is marked, or -1. What is wrong with it is for QEMU to say."""
+        path = self._config.image
+        if path is None:
+            return -1
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(os.stat(path).st_mode):
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return -1
+
+    def _refuse_small_objects(self, cluster_bytes: int, object_bytes: int) -> None:
+        if self._config.compresses and cluster_bytes and object_bytes % cluster_bytes:
+            raise ImageError(
+                self.identity,
+                f"compresses clusters of {cluster_bytes} bytes",
+                "an object_size that is a multiple of that",
+                f"object_size: {cluster_bytes}",
+            )
+
+    @property
+    def identity(self) -> str:
+        return f"block device '{self._config.label}'"
+
+    def attach(self, opener: Opener) -> Opened:
+        return self._opened
+
+    # Supervision.
+
+    def watch(self, watch: Callable[[int], None]) -> None:
+        if self._server is not None:
+            self._server.watch(watch)
+
+    def look(self, now_ns: int) -> list[Notice]:
+        return self._server.look(now_ns) if self._server is not None else []
+
+    @property
+    def wake_at_ns(self) -> int:
+        return self._server.wake_at_ns if self._server is not None else super().wake_at_ns
+
+    def happened(self, what: int, message: str, now_ns: int) -> Notice | None:
+        if self._server is None or self._server.is_stopping:
+            return None
+        return self._connection.happened(what, message, now_ns)
+
+    def status(self, now_ns: int) -> dict[str, Any]:
+        server = self._server
+        process = {"pid": server.pid, "restarts": server.restarts} if server is not None else {}
+        return {"type": self.kind, **self._connection.status(now_ns), **process}
+
+    def check(self) -> Notice | None:
+        return None
+
+    # Identity.
+
+    def stamp(self) -> Stamp:
+        now_ns = self._changed_ns()
+        before_ns, after_ns = self._opening_ns
+        return Stamp(identity_bytes(self._config.canonical.encode()), before_ns if now_ns == after_ns else now_ns)
+
+    def settle(self) -> Stamp:
+        """Ends the process: what closing the image writes belongs to how it is left."""
+        if self._server is not None:
+            self._server.stop(SETTLE_S)
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.fsync(self._descriptor)
+        self._opening_ns = (0, -1)
+        return self.stamp()
+
+    def _changed_ns(self) -> int:
+        return os.fstat(self._descriptor).st_mtime_ns if self._descriptor >= 0 else 0
+
+    @property
+    def can_be_marked(self) -> bool:
+        return self._descriptor >= 0 and mark.is_supported(self._descriptor)
+
+    def read_mark(self) -> Mark | None:
+        return mark.read(self._descriptor, self.identity) if self._descriptor >= 0 else None
+
+    def write_mark(self, new: Mark | None) -> bool:
+        if self._descriptor < 0:
+            return False
+        if new is not None:
+            return mark.write(self._descriptor, new, self.identity)
+        mark.remove(self._descriptor, self.identity)
+        return True
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

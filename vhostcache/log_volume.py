@@ -32,7 +32,7 @@ from vhostcache.log import format as fmt
 from vhostcache.log.checkpoint import Checkpointer
 from vhostcache.log.destage import LogDestager, LogDestageSettings
 from vhostcache.log.index import LogIndex
-from vhostcache.log.pace import RAMP_BEGIN, Pacer
+from vhostcache.log.pace import Pacer
 from vhostcache.log.recovery import Recovered
 from vhostcache.log.superblock import WRITE_CACHE_OFF, WRITE_CACHE_ON, WRITE_CACHE_UNKNOWN
 from vhostcache.log.writer import LogWriter
@@ -126,8 +126,7 @@ class LogVolume(GuestRequests):
         self._checkpointer = Checkpointer(
             self._io, self._writer, self._index, superblock, settings.checkpoint_interval_ns
         )
-        self._ramp_blocks = int(ring_blocks * RAMP_BEGIN)
-        self._pacer = Pacer(ring_blocks, recovered.clean_address)
+        self._pacer = Pacer(ring_blocks)
         self._fills.log_done = self._log_read_done
         self._favourite = NOBODY
         """The tag of the request that may read into RAM while slots are scarce, and the slots it keeps."""
@@ -242,13 +241,12 @@ class LogVolume(GuestRequests):
             parked, self._parked = self._parked, []
             for request in parked:
                 self._execute(request)
-        if writer.head - self._checkpointer.superblock.clean_address > self._ramp_blocks:
-            self._pacer.update(writer.head, self._index.clean_below(writer.durable_address), now_ns)
-        elif self._pacer.active:
-            self._pacer.active = False
+        pacer = self._pacer
+        if pacer.active or now_ns >= pacer.look_ns:
+            pacer.update(writer.head, self._index.clean_below(writer.durable_address), now_ns)
         if self._room:
             self._admit_waiting()
-            deadline_ns = min(deadline_ns, self._pacer.deadline_ns())
+            deadline_ns = min(deadline_ns, pacer.deadline_ns())
         if self._retries or self._deadlines:
             deadline_ns = min(deadline_ns, self._retry_reads(now_ns))
         if self._draining or self._closing:

@@ -17,7 +17,7 @@ export PYTHONSAFEPATH := 1
 export PYTHONDONTWRITEBYTECODE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-BUILD_PACKAGES := build-essential dpkg-dev pkg-config python3-venv python3-dev liburing-dev libglib2.0-dev
+BUILD_PACKAGES := build-essential dpkg-dev pkg-config python3-venv python3-dev liburing-dev libnbd-dev libglib2.0-dev
 GUEST_PACKAGES := qemu-system-x86 qemu-utils busybox-static e2fsprogs xfsprogs fio cpio xz-utils kmod
 TEST_PACKAGES := cryptsetup-bin nbdkit openssl user-mode-linux dbench util-linux libvirt-daemon-system libvirt-clients libxml2-utils systemd clang-14 libclang-rt-14-dev valgrind
 LINT_PACKAGES := clang-14 shellcheck libxml2-utils libvirt-clients

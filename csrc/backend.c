@@ -66,8 +66,19 @@ void vhc_backend_close(vhc_backend *backend)
     assert(!backend->above && !backend->volume);
     while (backend) {
         struct backend *below = backend->below;
+        if (backend->ops->drain)
+            backend->ops->drain(backend);
         destroy(backend);
         backend = below;
+    }
+}
+
+void backends_drain(vhc_engine *engine)
+{
+    for (uint32_t i = 0; i < engine->backends.count; i++) {
+        struct backend *backend = engine->backends.items[i];
+        if (backend && backend->ops->drain)
+            backend->ops->drain(backend);
     }
 }
 
@@ -236,11 +247,11 @@ void backend_event(struct backend *backend, uint64_t what, const char *format, .
 {
     va_list arguments;
     struct backend *top = backend;
-    while (top->above)
-        top = top->above;
     va_start(arguments, format);
-    vsnprintf(top->message, sizeof top->message, format, arguments);
+    vsnprintf(backend->message, sizeof backend->message, format, arguments);
     va_end(arguments);
+    for (; top->above; top = top->above)
+        memcpy(top->above->message, top->message, sizeof top->message);
     if (top->volume)
         engine_event(top->engine, VHC_EV_BACKEND, top->volume->number, what);
 }
@@ -301,6 +312,16 @@ void vhc_read_backend_stats(vhc_backend *backend, vhc_backend_stats *stats)
         backend = backend->below;
     if (backend)
         backend->ops->read_stats(backend, stats);
+}
+
+void vhc_backend_give_up(vhc_backend *backend)
+{
+    vhc_engine *engine = backend->engine;
+    engine->submitting++; /* what ends now is reported in the next turn */
+    for (; backend; backend = backend->below)
+        if (backend->ops->give_up)
+            backend->ops->give_up(backend);
+    engine->submitting--;
 }
 
 const char *vhc_backend_message(vhc_backend *backend)

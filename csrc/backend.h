@@ -39,6 +39,10 @@ struct backend_ops {
     void (*ready)(struct backend *backend, uint32_t index, uint32_t events);
     /* The front-end needs the memory of this read, which goes on: true if it is not touched any more from now on. NULL: ask below. */
     bool (*abandon)(struct backend *backend, struct io *io);
+    /* The engine is about to end, or the backend: wait a moment for what is in flight. NULL: there is no need. */
+    void (*drain)(struct backend *backend);
+    /* Nothing is waited for any more: what it has ends soon, in error, and so does what comes. NULL: nothing ever waits here for long. */
+    void (*give_up)(struct backend *backend);
     void (*read_stats)(struct backend *backend, vhc_backend_stats *stats);
     /* The engine has no I/O of it any more, or has given up what it has. Frees what `state` owns. */
     void (*close)(struct backend *backend);
@@ -91,6 +95,7 @@ void backend_event(struct backend *backend, uint64_t what, const char *format, .
 void backends_push(vhc_engine *engine);
 void backends_look(vhc_engine *engine); /* timers, and what has ended while it was submitted */
 void backends_ready(vhc_engine *engine, uint32_t number, uint32_t index, uint32_t events);
+void backends_drain(vhc_engine *engine);
 void backends_destroy(vhc_engine *engine);
 void backends_stop(struct volume *volume); /* it stops: what wrappers hold is let go */
 /* True: the memory of this read is not touched any more. */

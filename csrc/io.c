@@ -34,6 +34,7 @@ bool io_create(vhc_engine *engine, char *error, size_t error_bytes)
 void io_destroy(vhc_engine *engine)
 {
     engine->ending = true;
+    backends_drain(engine);
     if (engine->driver_state) {
         while (engine->ios_in_flight) {
             engine->driver->wait(engine);

@@ -130,6 +130,10 @@ class EngineBackend:
         result.update((name, list(getattr(stats, name))) for name in _BACKEND_ARRAYS)
         return result
 
+    def give_up(self) -> None:
+        """Wait for nothing any more: all I/O ends in error, now and later."""
+        lib.vhc_backend_give_up(self.handle)
+
     # For tools, and before a volume has it: each call waits. OSError: the backend's answer.
 
     def read(self, offset_bytes: int, size_bytes: int) -> bytes:
@@ -218,6 +222,27 @@ class Engine:
         words = os.fsencode(parameters)
         handle = lib.vhc_backend_wrap(self._engine, below.handle, kind.encode(), words, error, _ERROR_BYTES)
         return EngineBackend(_checked_handle(handle, error), below.facts.descriptor)
+
+    def nbd_backend(
+        self,
+        uri: str,
+        *,
+        connections: int = 1,
+        read_only: bool = False,
+        tls_certificates: str | None = None,
+        tls_psk_file: str | None = None,
+        tls_username: str | None = None,
+        tls_verify: bool = True,
+    ) -> EngineBackend:
+        """An NBD server's export. Connects, and waits for that; EngineError: one line says why not."""
+        error = ffi.new("char[]", _ERROR_BYTES)
+        texts = [
+            ffi.NULL if text is None else ffi.new("char[]", os.fsencode(text))
+            for text in (uri, tls_certificates, tls_psk_file, tls_username)
+        ]
+        config = ffi.new("vhc_nbd_config *", [*texts, connections, tls_verify, read_only])
+        handle = lib.vhc_backend_nbd(self._engine, config, error, _ERROR_BYTES)
+        return EngineBackend(_checked_handle(handle, error))
 
     # Volumes.
 

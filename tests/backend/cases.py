@@ -155,10 +155,9 @@ NBD_CASES = [
     Case("nbd-all", serve=memory(), wraps=ALL_WRAPPERS),
     Case("qsd-raw", serve=QSD_RAW),
     Case("qsd-qcow2", serve=QSD_QCOW2),
-    Case("qsd-compressed", serve=QSD_COMPRESSED, slow=True),
     Case("qsd-luks", serve=QSD_LUKS),
 ]
-CASES = [*FILE_CASES, *WRAPPER_CASES]
+CASES = [*FILE_CASES, *WRAPPER_CASES, *NBD_CASES]
 
 
 @dataclass

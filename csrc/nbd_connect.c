@@ -1,0 +1,333 @@
+/* Connecting to an NBD server, in threads: name resolution, TLS and negotiation must never hold up the engine's loop, and a server
+ * that accepts a connection may say nothing for ever.
+ *
+ * A thread touches its attempt and its target, nothing of the engine. When it is over the connection belongs to whoever finishes the
+ * attempt; an attempt that nobody wants any more is freed by its thread. */
+#include "nbd_connect.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define TIMEOUT_NS 10000000000ull /* from the connection to the end of the negotiation */
+#define LOOK_MS 200               /* how often an attempt finds out that nobody wants it */
+#define ERROR_BYTES 256
+
+struct nbd_target {
+    atomic_uint references;
+    char *uri, *certificates, *psk_file, *username;
+    bool verify, read_only;
+};
+
+struct nbd_attempt {
+    struct nbd_target *target;
+    pthread_mutex_t mutex;
+    bool over, abandoned;
+    int event_fd;
+    struct nbd_handle *nbd;
+    vhc_backend_facts facts;
+    char error[ERROR_BYTES];
+};
+
+static bool copy_text(char **to, const char *from)
+{
+    *to = from && *from ? strdup(from) : NULL;
+    return *to || !from || !*from;
+}
+
+static bool begins(const char *text, const char *with)
+{
+    return strncmp(text, with, strlen(with)) == 0;
+}
+
+/* libnbd would take what it cannot do for nothing. */
+static const char *problem(const struct nbd_target *target)
+{
+    bool tls = begins(target->uri, "nbds");
+    if (!begins(target->uri, "nbd:") && !begins(target->uri, "nbd+") && !tls)
+        return "the URI does not begin with nbd:, nbd+unix:, nbds: or nbds+unix:";
+    if (!tls && (target->certificates || target->psk_file || target->username))
+        return "TLS is configured, and the URI does not ask for it: nbds:// or nbds+unix://";
+    if (begins(target->uri, "nbds+unix:") && target->verify && !target->psk_file && !strstr(target->uri, "tls-psk-file="))
+        return "a certificate names a host, and a unix socket has none: use a PSK file, or tls_verify: off";
+    if (target->certificates && target->psk_file)
+        return "certificates or a PSK file: one of them";
+    return NULL;
+}
+
+struct nbd_target *nbd_target_new(const vhc_nbd_config *config, char *error, size_t error_bytes)
+{
+    struct nbd_target *target = calloc(1, sizeof *target);
+    if (target)
+        target->references = 1;
+    if (!target || !config->uri || !copy_text(&target->uri, config->uri) || !copy_text(&target->certificates, config->tls_certificates) ||
+        !copy_text(&target->psk_file, config->tls_psk_file) || !copy_text(&target->username, config->tls_username) || !target->uri) {
+        snprintf(error, error_bytes, "no URI, or out of memory");
+        if (target)
+            nbd_target_release(target);
+        return NULL;
+    }
+    target->verify = config->tls_verify;
+    target->read_only = config->read_only;
+    const char *what = problem(target);
+    if (what) {
+        snprintf(error, error_bytes, "%s", what);
+        nbd_target_release(target);
+        return NULL;
+    }
+    return target;
+}
+
+void nbd_target_release(struct nbd_target *target)
+{
+    if (atomic_fetch_sub(&target->references, 1) != 1)
+        return;
+    free(target->uri);
+    free(target->certificates);
+    free(target->psk_file);
+    free(target->username);
+    free(target);
+}
+
+/* libnbd's own words, in one line. */
+static void say_why(char *error, size_t error_bytes)
+{
+    const char *text = nbd_get_error();
+    snprintf(error, error_bytes, "%s", text && *text ? text : "the server does not speak NBD");
+    for (char *at = error; *at; at++)
+        if (*at == '\n' || *at == '\r')
+            *at = ' ';
+}
+
+static bool set_up(struct nbd_handle *nbd, const struct nbd_target *target)
+{
+    /* The choke point has seen to what libnbd would check. Of alignment the server may ask more than it needs. */
+    return nbd_set_strict_mode(nbd, LIBNBD_STRICT_MASK & ~LIBNBD_STRICT_ALIGN) == 0 && nbd_set_uri_allow_local_file(nbd, true) == 0 && nbd_set_tls_verify_peer(nbd, target->verify) == 0 &&
+           (!target->certificates || nbd_set_tls_certificates(nbd, target->certificates) == 0) &&
+           (!target->psk_file || nbd_set_tls_psk_file(nbd, target->psk_file) == 0) &&
+           (!target->username || nbd_set_tls_username(nbd, target->username) == 0) &&
+           nbd_add_meta_context(nbd, LIBNBD_CONTEXT_BASE_ALLOCATION) == 0 && nbd_aio_connect_uri(nbd, target->uri) == 0;
+}
+
+/* One step of the negotiation. False: it has failed. */
+static bool negotiate(struct nbd_handle *nbd)
+{
+    unsigned direction = nbd_aio_get_direction(nbd);
+    struct pollfd socket = {.fd = nbd_aio_get_fd(nbd)};
+    if (direction & LIBNBD_AIO_DIRECTION_READ)
+        socket.events |= POLLIN;
+    if (direction & LIBNBD_AIO_DIRECTION_WRITE)
+        socket.events |= POLLOUT;
+    if (socket.fd < 0)
+        return false;
+    if (poll(&socket, 1, LOOK_MS) <= 0)
+        return true;
+    if (direction & LIBNBD_AIO_DIRECTION_READ && socket.revents & (POLLIN | POLLHUP | POLLERR))
+        return nbd_aio_notify_read(nbd) == 0;
+    return nbd_aio_notify_write(nbd) == 0;
+}
+
+/* A server that has vanished without a word is noticed within half a minute. */
+static void watch_peer(int fd)
+{
+    int domain = 0, on = 1, idle_s = 10, interval_s = 5, probes = 4, unanswered_ms = 30000;
+    socklen_t bytes = sizeof domain;
+    if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &bytes) < 0 || (domain != AF_INET && domain != AF_INET6))
+        return;
+    setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof interval_s);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof probes);
+    setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &unanswered_ms, sizeof unanswered_ms);
+}
+
+static uint32_t block_size(struct nbd_handle *nbd, int which)
+{
+    int64_t bytes = nbd_get_block_size(nbd, which);
+    return bytes <= 0 ? 0 : bytes > UINT32_MAX ? UINT32_MAX : (uint32_t)bytes;
+}
+
+static int note_answer(void *user, int *error)
+{
+    *(int *)user = *error ? -1 : 1;
+    return 1;
+}
+
+/* A server may say that its smallest block is large, as qemu-storage-daemon does of compressed clusters, and do with smaller ones all the
+ * same, reading the rest and writing it again. Ask by reading. */
+static bool pads_blocks(struct nbd_handle *nbd)
+{
+    static char block[VBLK_SECTOR];
+    int answer = 0;
+    uint64_t deadline_ns = clock_ns() + TIMEOUT_NS;
+    nbd_completion_callback callback = {.callback = note_answer, .user_data = &answer};
+    if (nbd_aio_pread(nbd, block, sizeof block, VBLK_SECTOR, callback, 0) < 0)
+        return false;
+    while (!answer && clock_ns() < deadline_ns && negotiate(nbd))
+        ;
+    return answer > 0;
+}
+
+static bool read_facts(struct nbd_handle *nbd, const struct nbd_target *target, vhc_backend_facts *facts, char *error, size_t error_bytes)
+{
+    int64_t size = nbd_get_size(nbd);
+    uint32_t smallest = block_size(nbd, LIBNBD_SIZE_MINIMUM), most = block_size(nbd, LIBNBD_SIZE_MAXIMUM);
+    const char *what = NULL;
+    if (size <= 0 || size % VBLK_SECTOR)
+        what = "is no multiple of 512, or empty";
+    else if (smallest > VHC_BLOCK && !pads_blocks(nbd))
+        what = "cannot be read in blocks of 4096 bytes: use a filter of the server's that pads (nbdkit's blocksize)";
+    else if (smallest && (__builtin_popcount(smallest) != 1 || size % (smallest > VHC_BLOCK ? VBLK_SECTOR : smallest)))
+        what = "is no multiple of the server's smallest block";
+    else if (nbd_is_read_only(nbd) && !target->read_only)
+        what = "is read-only: use read_only: on, or let the server allow writing";
+    if (what) {
+        snprintf(error, error_bytes, "the export of %lld bytes (smallest block %u) %s", (long long)size, smallest, what);
+        return false;
+    }
+    most = most / VHC_BLOCK * VHC_BLOCK;
+    uint32_t align = smallest <= VHC_BLOCK ? smallest : size % VHC_BLOCK ? VBLK_SECTOR : VHC_BLOCK;
+    *facts = (vhc_backend_facts){
+        .size_bytes = (uint64_t)size,
+        .align_mem_bytes = 1,
+        .align_io_bytes = align ? align : 1,
+        .preferred_bytes = smallest > block_size(nbd, LIBNBD_SIZE_PREFERRED) ? smallest : block_size(nbd, LIBNBD_SIZE_PREFERRED),
+        .wants_whole_objects = smallest > VHC_BLOCK,
+        .max_bytes = most,
+        .read_only = nbd_is_read_only(nbd) > 0,
+        .can_flush = nbd_can_flush(nbd) > 0,
+        .can_zero = nbd_can_zero(nbd) > 0,
+        .can_trim = nbd_can_trim(nbd) > 0,
+        .can_fua = nbd_can_fua(nbd) > 0,
+        .can_multi_conn = nbd_can_multi_conn(nbd) > 0,
+        .rotational = nbd_is_rotational(nbd) > 0,
+    };
+    return true;
+}
+
+static struct nbd_handle *connect_to(struct nbd_target *target, struct nbd_attempt *attempt, vhc_backend_facts *facts, char *error,
+                                     size_t error_bytes)
+{
+    struct nbd_handle *nbd = nbd_create();
+    uint64_t deadline_ns = clock_ns() + TIMEOUT_NS;
+    bool good = nbd && set_up(nbd, target), abandoned = false, late = false;
+    while (good && nbd_aio_is_connecting(nbd) && !abandoned && !late) {
+        good = negotiate(nbd);
+        late = clock_ns() > deadline_ns;
+        if (attempt) {
+            pthread_mutex_lock(&attempt->mutex);
+            abandoned = attempt->abandoned;
+            pthread_mutex_unlock(&attempt->mutex);
+        }
+    }
+    if (good && !abandoned && nbd_aio_is_ready(nbd)) {
+        watch_peer(nbd_aio_get_fd(nbd));
+        if (read_facts(nbd, target, facts, error, error_bytes))
+            return nbd;
+    } else if (late) {
+        snprintf(error, error_bytes, "the server did not answer within 10 s");
+    } else {
+        say_why(error, error_bytes);
+    }
+    nbd_close(nbd);
+    return NULL;
+}
+
+struct nbd_handle *nbd_connect_now(struct nbd_target *target, vhc_backend_facts *facts, char *error, size_t error_bytes)
+{
+    return connect_to(target, NULL, facts, error, error_bytes);
+}
+
+static void attempt_free(struct nbd_attempt *attempt)
+{
+    nbd_close(attempt->nbd);
+    close(attempt->event_fd);
+    nbd_target_release(attempt->target);
+    pthread_mutex_destroy(&attempt->mutex);
+    free(attempt);
+}
+
+static void *work(void *argument)
+{
+    struct nbd_attempt *attempt = argument;
+    uint64_t one = 1;
+    attempt->nbd = connect_to(attempt->target, attempt, &attempt->facts, attempt->error, sizeof attempt->error);
+    pthread_mutex_lock(&attempt->mutex);
+    bool abandoned = attempt->abandoned;
+    attempt->over = true;
+    if (!abandoned && write(attempt->event_fd, &one, sizeof one) < 0)
+        abort(); /* an eventfd that was zero takes a one */
+    pthread_mutex_unlock(&attempt->mutex);
+    if (abandoned)
+        attempt_free(attempt);
+    return NULL;
+}
+
+static bool start_thread(struct nbd_attempt *attempt)
+{
+    pthread_t thread;
+    pthread_attr_t attributes;
+    sigset_t all, before; /* signals are the main thread's */
+    sigfillset(&all);
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int result = pthread_create(&thread, &attributes, work, attempt);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    return result == 0;
+}
+
+struct nbd_attempt *nbd_attempt_start(struct nbd_target *target)
+{
+    struct nbd_attempt *attempt = calloc(1, sizeof *attempt);
+    if (!attempt)
+        return NULL;
+    attempt->target = target;
+    atomic_fetch_add(&target->references, 1);
+    pthread_mutex_init(&attempt->mutex, NULL);
+    attempt->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (attempt->event_fd < 0 || !start_thread(attempt)) {
+        attempt_free(attempt);
+        return NULL;
+    }
+    return attempt;
+}
+
+int nbd_attempt_fd(const struct nbd_attempt *attempt)
+{
+    return attempt->event_fd;
+}
+
+struct nbd_handle *nbd_attempt_finish(struct nbd_attempt *attempt, vhc_backend_facts *facts, char *error, size_t error_bytes)
+{
+    pthread_mutex_lock(&attempt->mutex); /* the thread may still hold it, after its last word */
+    assert(attempt->over);
+    pthread_mutex_unlock(&attempt->mutex);
+    struct nbd_handle *nbd = attempt->nbd;
+    attempt->nbd = NULL;
+    *facts = attempt->facts;
+    snprintf(error, error_bytes, "%s", attempt->error);
+    attempt_free(attempt);
+    return nbd;
+}
+
+void nbd_attempt_abandon(struct nbd_attempt *attempt)
+{
+    pthread_mutex_lock(&attempt->mutex);
+    attempt->abandoned = true;
+    bool over = attempt->over;
+    pthread_mutex_unlock(&attempt->mutex);
+    if (over)
+        attempt_free(attempt);
+}

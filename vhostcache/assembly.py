@@ -27,7 +27,7 @@ from typing import Any, Final
 from vhostcache import identity
 from vhostcache.backend.base import Backend
 from vhostcache.backend.mark import Mark
-from vhostcache.cachefile import HEAD_BYTES, CacheFile
+from vhostcache.cachefile import HEAD_BYTES, LOCK_WAIT_S, CacheFile
 from vhostcache.cachefile import subject as cache_subject
 from vhostcache.config import VolumeConfig, format_size
 from vhostcache.errors import CacheError, UsageError
@@ -85,10 +85,23 @@ def claim_without_cache(backend: Backend, discard: bool, tell: Tell) -> None:
         backend.write_mark(None)
 
 
+def prepare_cache(config: VolumeConfig) -> None:
+    """Of a volume that comes later: what takes long, and what can be refused. A cache file that is not there yet is
+    allocated; one that is there may be in use."""
+    path = config.cache.path
+    if path is None or os.path.lexists(path):
+        return
+    if config.cache.size is None:
+        raise UsageError(cache_subject(path), "does not exist, or is empty", "--cache-size, to make it")
+    CacheFile.create(path, config.cache.size).close()
+
+
 class CacheClaim:
     """A volume's cache file, claimed. Then `open`, and at the end `close`."""
 
-    def __init__(self, config: VolumeConfig, backend: Backend, discard: bool, tell: Tell) -> None:
+    def __init__(
+        self, config: VolumeConfig, backend: Backend, discard: bool, tell: Tell, lock_wait_s: float = LOCK_WAIT_S
+    ) -> None:
         """CacheError, UsageError: nothing has been changed, and nothing is left open."""
         assert config.cache.path is not None
         self.path = config.cache.path
@@ -96,6 +109,7 @@ class CacheClaim:
         self._backend = backend
         self._discard = discard
         self._tell = tell
+        self._lock_wait_s = lock_wait_s
         self._folder: TierFolder | None = None
         self._made_file = False
         self._marked_by_us = False
@@ -113,7 +127,8 @@ class CacheClaim:
     @property
     def is_new(self) -> bool:
         """The log began with this start: it knows nothing of the guest."""
-        return self._judgement.action is not Action.USE
+        cold = self.recovered is not None and self.recovered.finding.decision is Decision.COLD
+        return cold or self._judgement.action is not Action.USE
 
     # Claiming.
 
@@ -121,7 +136,7 @@ class CacheClaim:
         image = image_of(self._backend)
         exists = os.path.lexists(self.path)
         if exists:
-            self.file = CacheFile(self.path)
+            self.file = CacheFile(self.path, lock_wait_s=self._lock_wait_s)
             for warning in self.file.warnings:
                 self._tell("warning", warning.event, warning.fields)
         try:

@@ -69,7 +69,7 @@ class _Commands(click.Group):
             formatter.write_dl(rows)
 
 
-_DURATIONS: Final = ("DESTAGE_AFTER", "SYNC_INTERVAL", "FLUSH_WINDOW", "CHECKPOINT_INTERVAL")
+_DURATIONS: Final = ("HAND_OVER_TIMEOUT", "DESTAGE_AFTER", "SYNC_INTERVAL", "FLUSH_WINDOW", "CHECKPOINT_INTERVAL")
 
 
 class _Quantity(click.ParamType):  # type: ignore[type-arg]
@@ -259,6 +259,18 @@ def _volume_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Dirty data older than this goes to the image without a flush.",
         ),
         click.option(
+            "--incoming",
+            is_flag=True,
+            default=None,
+            help="For live migration: another daemon may have the image; take it when a guest starts to use the disk.",
+        ),
+        click.option(
+            "--hand-over-timeout",
+            type=_Quantity("HAND_OVER_TIMEOUT"),
+            metavar="TIME",
+            help="For live migration: how long a QEMU may have to wait for it.  [default: 30s]",
+        ),
+        click.option(
             "--socket-mode",
             metavar="OCTAL",
             help="Permissions of the socket; 0660 or 0666 if QEMU is another user.  [default: 0600]",
@@ -354,13 +366,14 @@ def export(
 @_POLL
 @_IO_ENGINE
 @click.option("--check", is_flag=True, help="Only say whether the file is right.")
+@click.option("--incoming", is_flag=True, help="All disks come by live migration, as with `incoming: on`.")
 @click.option(
     "--discard-dirty-data",
     multiple=True,
     metavar="NAME",
     help="Where this volume's cache is lost or cannot be used: give up what only it held.  May be given several times.",
 )
-def serve(file: str, check: bool, discard_dirty_data: tuple[str, ...], **options: Any) -> None:
+def serve(file: str, check: bool, incoming: bool, discard_dirty_data: tuple[str, ...], **options: Any) -> None:
     """Serve the disks that CONFIG, a YAML file, describes. All of them start, or none.
 
     \b
@@ -389,6 +402,8 @@ def serve(file: str, check: bool, discard_dirty_data: tuple[str, ...], **options
     if check:
         click.echo(f"{file}: {len(config.volumes)} volume{'s' if len(config.volumes) != 1 else ''}, all right")
         return
+    if incoming:
+        options["volumes"] = [volume.model_copy(update={"incoming": True}) for volume in config.volumes]
     config = config.model_copy(update={key: value for key, value in options.items() if value is not None})
     _serve(config, shutdown_on_disconnect=False, discard_dirty_data=set(discard_dirty_data))
 

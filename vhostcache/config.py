@@ -69,6 +69,7 @@ BATCHED: Final = Range(1, 64, "a number from 1 to 64")
 CACHE: Final = Range(64 * MIB, 16 * TIB, "a size from 64MiB to 16TiB, such as 8GiB, in steps of 4KiB", multiple_of=4096)
 SYNC_INTERVAL: Final = Range(10**6, 60 * 10**9, "a duration from 1ms to 1min, such as 1s")
 FLUSH_WINDOW: Final = Range(0, 10**8, "a duration from 0 (do not wait) to 100ms, such as 200us")
+HAND_OVER_TIMEOUT: Final = Range(10**9, 3600 * 10**9, "a duration from 1s to 1h, such as 30s")
 CHECKPOINT_INTERVAL: Final = Range(10**9, 3600 * 10**9, "a duration from 1s to 1h, such as 60s")
 FILL: Final = Range(
     4 * KIB, MIB, "a power of two from 4KiB to 1MiB, such as 64KiB", multiple_of=4096, power_of_two=True
@@ -91,6 +92,9 @@ SyncIntervalNs = Annotated[
     int, BeforeValidator(quantity(SYNC_INTERVAL, parse_duration)), WithJsonSchema(DURATION_SCHEMA)
 ]
 FlushWindowNs = Annotated[int, BeforeValidator(quantity(FLUSH_WINDOW, parse_duration)), WithJsonSchema(DURATION_SCHEMA)]
+HandOverTimeoutNs = Annotated[
+    int, BeforeValidator(quantity(HAND_OVER_TIMEOUT, parse_duration)), WithJsonSchema(DURATION_SCHEMA)
+]
 CheckpointIntervalNs = Annotated[
     int, BeforeValidator(quantity(CHECKPOINT_INTERVAL, parse_duration)), WithJsonSchema(DURATION_SCHEMA)
 ]
@@ -182,6 +186,15 @@ class VolumeConfig(Model):
     max_batched_objects: Batched = Field(
         8, description="the most objects on their way to the backend at once; fewer where it gains nothing by more"
     )
+    incoming: OnOff = Field(
+        False,
+        description="another daemon may have the image: take it, and the cache, when a guest starts to use the disk",
+    )
+    hand_over_timeout: HandOverTimeoutNs = Field(
+        30 * 10**9,
+        description="in a live migration, how long the source may keep its QEMU waiting while it drains, and how long "
+        "the destination tries to take the image before it cuts off its QEMU",
+    )
 
     fill_size: FillBytes | None = Field(
         None,
@@ -210,6 +223,12 @@ class VolumeConfig(Model):
         useless = [key for key in ("destage_threshold", "max_batched_objects") if key in self.model_fields_set]
         if self.cache.path is None and useless:
             raise PydanticCustomError("no_cache", "{key} is of no use without cache.path", {"key": useless[0]})
+        if self.incoming and self.backend.type == "qsd":
+            raise PydanticCustomError(
+                "incoming_qsd",
+                "incoming is for backends of type file and nbd; a qsd opens, and locks, its image at once",
+                {},
+            )
         if self.read_only and self.cache.path is not None:
             raise PydanticCustomError(
                 "read_only_cache", "a read_only disk has no use for a cache file; leave cache.path out", {}

@@ -26,15 +26,27 @@ from functools import partial
 from typing import Any, Final, Literal
 
 from vhostcache import metrics
-from vhostcache.assembly import CacheClaim, claim_without_cache
+from vhostcache.assembly import CacheClaim, claim_without_cache, prepare_cache
 from vhostcache.backend.base import Backend, Opened
+from vhostcache.backend.file import LOCK_WAIT_S as IMAGE_LOCK_WAIT_S
 from vhostcache.backend.opening import open_backend, stack_backend
+from vhostcache.cachefile import LOCK_WAIT_S as CACHE_LOCK_WAIT_S
 from vhostcache.config import Config, VolumeConfig
 from vhostcache.control import ControlChannel, Question
 from vhostcache.engine import Engine
-from vhostcache.errors import EXIT_OK, EXIT_RUNTIME, ControlError, ResizeError, UsageError, why_number
+from vhostcache.errors import (
+    EXIT_OK,
+    EXIT_RUNTIME,
+    ControlError,
+    Error,
+    ImageError,
+    ResizeError,
+    UsageError,
+    why_number,
+)
 from vhostcache.events import EventLog
 from vhostcache.guest_requests import VolumeSettings
+from vhostcache.handover import Away, HandOver
 from vhostcache.log.format import REQUEST_BLOCKS
 from vhostcache.log.superblock import WRITE_CACHE_OFF, WRITE_CACHE_UNKNOWN
 from vhostcache.log_volume import LogVolume, LogVolumeSettings
@@ -57,9 +69,11 @@ EVENT_BACKEND: Final = 10
 EVENT_HAND_OVER: Final = 11
 
 FEATURE_FLUSH: Final = 1 << 9  # VIRTIO_BLK_F_FLUSH
+FEATURE_LOG_ALL: Final = 1 << 26  # VHOST_F_LOG_ALL: the front-end migrates
 
 SECOND_NS: Final = 1_000_000_000
 DISCARD_MAX_BYTES: Final = 64 << 20  # what one DISCARD or WRITE_ZEROES may name: a bound for what one request starts
+REQUEST_MAX_BYTES: Final = (REQUEST_BLOCKS - 1) * 4096  # with a log; unaligned it touches one block more
 STATUS_SLICE: Final = 16  # volumes described in one turn
 DONE: Final = -1
 _JOBS: Final = 4
@@ -90,9 +104,10 @@ class Served:
 
     config: VolumeConfig
     backend: Backend
-    top: Opened  # of the backend and its wrappers
+    top: Opened | None  # of the backend and its wrappers
     listener: Listener
-    volume: Volume | LogVolume
+    volume: Volume | LogVolume | Away
+    hand_over: HandOver
     claim: CacheClaim | None = None
     state: State = State.SERVING
     connected: bool = False
@@ -111,6 +126,11 @@ class Served:
     @property
     def name(self) -> str:
         return self.config.name
+
+    @property
+    def is_away(self) -> bool:
+        """Another daemon may have the image."""
+        return isinstance(self.volume, Away)
 
     @property
     def drains(self) -> bool:
@@ -150,6 +170,12 @@ class Daemon:
         self._rare = False  # something below the hot path wants a word in the next turn
         self._started_at_s = 0.0
         self._deadlines: list[int] = []  # of the volumes' ticks, in ns; 0: at once
+        # What the loop calls of each volume's core, which may be exchanged.
+        self._take: list[Callable[..., Any]] = []
+        self._io_done: list[Callable[[int, int], Any]] = []
+        self._tick: list[Callable[[int], int]] = []
+        self._notices: list[list[tuple[str, dict[str, Any]]]] = []
+        self._has_exchanged = False  # the old one is garbage that nobody has collected
 
     # Start.
 
@@ -160,6 +186,7 @@ class Daemon:
             # At the end in this order: the engine, with all I/O; sockets; claims, which say how the images were left;
             # the backends. The engine is there first because some backends are opened by it.
             opened, claimed, bound = (stack.enter_context(contextlib.ExitStack()) for _ in range(3))
+            claimed.callback(self._close_storages)
             self._engine = self._engine_class(
                 poll_max_us=self._config.poll_max_us, force_threads=self._config.io_engine == "threads"
             )
@@ -173,6 +200,7 @@ class Daemon:
             control = self._bind(self._config.control, 0o600, bound) if self._config.control is not None else None
             for volume, backend, listener, claim in zip(self._config.volumes, backends, listeners, claims, strict=True):
                 self._served.append(self._add(volume, backend, listener, claim))
+                self._use(len(self._served) - 1)
             for index, served in enumerate(self._served):
                 served.backend.watch(partial(self._watch_backend, index))
             self._catch_signals(stack)
@@ -197,13 +225,23 @@ class Daemon:
             self._report_all()
         return EXIT_RUNTIME if any(served.failed for served in self._served) else EXIT_OK
 
-    def _open_backend(self, volume: VolumeConfig, stack: contextlib.ExitStack) -> Backend:
+    def _close_storages(self) -> None:
+        """Of volumes whose storage has come later; all I/O has ended."""
+        for served in self._served:
+            if served.claim is not None:
+                served.claim.close()
+            served.backend.close()
+
+    def _open_backend(self, volume: VolumeConfig, stack: contextlib.ExitStack, waits: bool = True) -> Backend:
+        """Not `waits`: whoever has it is not waited for."""
         if volume.backend.type != "file" and not hasattr(self._engine, "nbd_backend"):
             raise UsageError(volume.name, f"a backend of type {volume.backend.type} cannot be served yet")
-        backend = open_backend(volume, self._opener)
+        wait_s = IMAGE_LOCK_WAIT_S if waits else 0.0
+        backend = open_backend(volume, self._opener, wait_s, locked=not (waits and volume.incoming))
         stack.callback(backend.close)
-        for warning in backend.warnings:
-            self._notice(volume.name, warning.event, warning.fields)
+        if waits:
+            for warning in backend.warnings:
+                self._notice(volume.name, warning.event, warning.fields)
         return backend
 
     def _bind(self, path: str, permissions: int, stack: contextlib.ExitStack) -> Listener:
@@ -211,8 +249,13 @@ class Daemon:
         stack.callback(listener.close)
         return listener
 
-    def _claim(self, volume: VolumeConfig, backend: Backend, stack: contextlib.ExitStack) -> CacheClaim | None:
-        discard = volume.name in self._discard_dirty_data
+    def _claim(
+        self, volume: VolumeConfig, backend: Backend, stack: contextlib.ExitStack, waits: bool = True
+    ) -> CacheClaim | None:
+        discard = volume.name in self._discard_dirty_data and waits
+        if volume.incoming and waits:
+            prepare_cache(volume)
+            return None
 
         def tell(level: str, event: str, fields: dict[str, Any]) -> None:
             getattr(self._log, level)(event, volume=volume.name, **fields)
@@ -222,15 +265,24 @@ class Daemon:
         if volume.cache.path is None:
             claim_without_cache(backend, discard, tell)
             return None
-        claim = CacheClaim(volume, backend, discard, tell)
+        claim = CacheClaim(volume, backend, discard, tell, CACHE_LOCK_WAIT_S if waits else 0.0)
         stack.callback(claim.close)
         return claim
 
-    def _add(self, config: VolumeConfig, backend: Backend, listener: Listener, claim: CacheClaim | None) -> Served:
+    def _add(
+        self,
+        config: VolumeConfig,
+        backend: Backend,
+        listener: Listener,
+        claim: CacheClaim | None,
+        attach_to: int | None = None,
+        top: Opened | None = None,
+    ) -> Served:
+        """A volume and its storage; or its storage alone, which comes to the volume `attach_to`."""
         facts, mode = backend.facts, config.cache_mode
-        top = stack_backend(config, backend, self._opener)
+        top = top or stack_backend(config, backend, self._opener)
         common: dict[str, Any] = {
-            "listen_fd": listener.detach(),
+            "listen_fd": listener.detach() if attach_to is None else -1,
             "backend": top,
             "size_bytes": facts.size_bytes,
             "slots": slots_for_ram(config.ram),
@@ -241,11 +293,15 @@ class Daemon:
             "write_depth": config.write_depth,
             "discard_max_bytes": DISCARD_MAX_BYTES,
             "serial": config.serial_text,
+            "attach_to": attach_to,
+            "request_max_bytes": REQUEST_MAX_BYTES if config.cache.path is not None else 0,
         }
+        if config.incoming and attach_to is None:
+            return self._add_away(config, backend, listener, common)
         if claim is not None:
             return self._add_logged(config, backend, listener, claim, common)
         index = self._engine.add_volume(**common)
-        assert index == len(self._served)
+        assert index in (len(self._served), common["attach_to"])
         settings = VolumeSettings(
             index=index,
             size_bytes=facts.size_bytes,
@@ -258,7 +314,31 @@ class Daemon:
             backend_timeout_ns=config.backend_timeout or 0,
         )
         volume = Volume(settings, self._operations)
-        return Served(config, backend, top, listener, volume, write_cache=mode.writeback)
+        hand_over = self._hand_over(index, config)
+        served = Served(config, backend, top, listener, volume, hand_over, write_cache=mode.writeback)
+        served.write_cache_unknown = attach_to is not None  # who had it before us has told the guest something
+        return served
+
+    def _hand_over(self, index: int, config: VolumeConfig, away: bool = False) -> HandOver:
+        return HandOver(_Storage(self, index), config.hand_over_timeout, away)
+
+    def _add_away(self, config: VolumeConfig, backend: Backend, listener: Listener, common: dict[str, Any]) -> Served:
+        """A volume whose storage another daemon may have."""
+        common["backend"].close()  # what it is is known
+        backend.close()
+        index = self._engine.add_volume(**{**common, "backend": None}, detached=True)
+        hand_over = self._hand_over(index, config, away=True)
+        away = Away(backend.facts.size_bytes)
+        return Served(config, backend, None, listener, away, hand_over, write_cache=config.cache_mode.writeback)
+
+    def _use(self, index: int) -> None:
+        """The core that the volume has now."""
+        volume = self._served[index].volume
+        here = slice(index, index + 1)
+        self._take[here] = [volume.requests]
+        self._io_done[here] = [volume.io_done]
+        self._tick[here] = [volume.tick]
+        self._notices[here] = [volume.notices]
 
     def _add_logged(
         self, config: VolumeConfig, backend: Backend, listener: Listener, claim: CacheClaim, common: dict[str, Any]
@@ -279,9 +359,8 @@ class Daemon:
             tier_entries_offset=claim.layout.entries_offset_bytes,
             tier_entries=claim.layout.entries,
             tier_slab_offset=claim.layout.slab_offset_bytes,
-            request_max_bytes=(REQUEST_BLOCKS - 1) * 4096,  # unaligned it touches one block more
         )
-        assert index == len(self._served)
+        assert index in (len(self._served), common["attach_to"])
         self._engine.log_start(index, recovered.previous_crc)
         with self._engine.log_crcs(index) as crcs:
             for record in recovered.records:
@@ -315,9 +394,11 @@ class Daemon:
             common["backend"],
             listener,
             volume,
+            self._hand_over(index, config),
             claim,
             write_cache=write_cache,
-            write_cache_unknown=recovered.superblock.write_cache == WRITE_CACHE_UNKNOWN,
+            write_cache_unknown=recovered.superblock.write_cache == WRITE_CACHE_UNKNOWN
+            or (claim.is_new and common["attach_to"] is not None),
         )
 
     def _catch_signals(self, stack: contextlib.ExitStack) -> None:
@@ -393,11 +474,7 @@ class Daemon:
         turn = self._engine.turn
         operations = self._operations
         count = len(self._served)
-        volumes = [served.volume for served in self._served]
-        take = [volume.requests for volume in volumes]
-        io_done = [volume.io_done for volume in volumes]
-        tick = [volume.tick for volume in volumes]
-        notices = [volume.notices for volume in volumes]
+        take, io_done, tick, notices = self._take, self._io_done, self._tick, self._notices
         deadlines = self._deadlines = [0] * count
         everything = range(count)
         touched: set[int] = set()
@@ -452,6 +529,9 @@ class Daemon:
                     busy = False
                 else:
                     housekeeping_ns = NEVER
+                    if self._has_exchanged:
+                        self._has_exchanged = False
+                        gc.unfreeze()
                     gc.collect()
                     gc.freeze()
             if housekeeping_ns < wake_ns:
@@ -487,6 +567,8 @@ class Daemon:
             if now_ns >= served.backend.wake_at_ns:
                 self._look_at_backend(served, now_ns)
             wake_ns = min(wake_ns, served.backend.wake_at_ns)
+            if served.hand_over.busy and served.state is State.SERVING:
+                wake_ns = min(wake_ns, 0 if self._operations else served.hand_over.step(now_ns))
         draining = [served for served in self._served if served.state is State.DRAINING]
         if draining:
             if self._operations:
@@ -510,16 +592,21 @@ class Daemon:
             if not volume.drained:
                 return False
             self._log.info("drained", volume=served.name)
-        if isinstance(volume, Volume):
+        if isinstance(volume, Volume | Away):
             return True
         if not served.closing:
-            served.closing = True
-            volume.close(lambda: served.backend.settle().mtime_ns)
-            self._deadlines[index] = 0
+            self._close_log(index)
         if volume.closed:
             dirty = volume.statistics()["dirty_blocks"]
             self._log.info("closed", volume=served.name, dirty_bytes=dirty * 4096)
         return volume.closed
+
+    def _close_log(self, index: int, cold: bool = False) -> None:
+        served = self._served[index]
+        served.closing = True
+        if isinstance(served.volume, LogVolume):
+            served.volume.close(lambda: served.backend.settle().mtime_ns, cold)
+        self._deadlines[index] = 0
 
     def _progress(self, now_ns: int) -> int:
         """Say once a second how far the end has come, and when to say it next."""
@@ -556,6 +643,8 @@ class Daemon:
         elif kind == EVENT_FEATURES:
             served.flush_negotiated = bool(argument & FEATURE_FLUSH)
             self._tell_write_cache(served)
+            served.hand_over.migrating(bool(argument & FEATURE_LOG_ALL))
+            self._deadlines[index] = 0
             log.limited(now_ns, "info", "features", name, features=f"{argument:#x}", flush=served.flush_negotiated)
         elif kind == EVENT_WCE:
             served.write_cache = bool(argument)
@@ -570,6 +659,11 @@ class Daemon:
             self._tell_write_cache(served)
             log.limited(now_ns, "info", "resumed", name)
         elif kind == EVENT_QUEUE:
+            if argument >> 16 & 1:
+                served.hand_over.queue_started(argument & 0xFFFF, now_ns)
+            else:
+                served.hand_over.queue_stopped(argument & 0xFFFF)
+            self._rare = self._rare or served.hand_over.busy
             log.limited(
                 now_ns,
                 "info",
@@ -580,11 +674,13 @@ class Daemon:
                 resubmitted=argument >> 32,
             )
         elif kind == EVENT_HAND_OVER:
-            self._engine.volume_stopped(index)
+            served.hand_over.asked(now_ns)
+            self._rare = True
         elif kind == EVENT_BAD_REQUEST:
             log.limited(now_ns, "warning", "bad-request", name, count=argument)
         elif kind == EVENT_BACKEND:
-            notice = served.backend.happened(argument, served.top.message, now_ns)
+            message = served.top.message if served.top is not None else ""
+            notice = served.backend.happened(argument, message, now_ns)
             if notice is not None:
                 log.limited(now_ns, _LEVELS.get(notice.event, "error"), notice.event, name, **notice.fields)
 
@@ -596,6 +692,7 @@ class Daemon:
 
     def _disconnected(self, served: Served, reason: int, index: int, now_ns: int) -> None:
         served.connected = False
+        served.hand_over.disconnected()
         served.volume.disconnected()
         if served.write_cache_unknown and served.claim is None:
             # The next front-end brings its own history.
@@ -618,7 +715,7 @@ class Daemon:
             served.volume.write_cache_unknown()
             served.told = None
             return
-        if enabled == served.told:
+        if enabled == served.told or served.is_away:
             return
         served.told = enabled
         served.volume.set_write_cache(enabled)
@@ -677,6 +774,8 @@ class Daemon:
             raise ResizeError(subject, f"is {served.state.value}")
         if served.growth is not None or served.growing:
             raise ResizeError(subject, "is being resized already")
+        if not served.hand_over.is_held:
+            raise ResizeError(subject, "is with another daemon, or on its way")
         refuse_size(subject, served.backend, served.volume.size_bytes, size_bytes)
         served.resize_error = ""
         if size_bytes > served.volume.size_bytes:
@@ -706,6 +805,7 @@ class Daemon:
             self._rare = True
 
         served.growing = True
+        assert not isinstance(served.volume, Away)
         served.volume.grow(growth.size_bytes, grown)
         self._deadlines[index] = 0
 
@@ -713,6 +813,63 @@ class Daemon:
         for served in self._served:
             if served.growth is not None:
                 served.growth.join()
+
+    # Hand-over.
+
+    def _let_go(self, index: int) -> None:
+        """Another daemon may have the image."""
+        served = self._served[index]
+        self._engine.detach_volume(index)
+        self._engine.hold_volume(index, False)
+        assert served.top is not None
+        served.top.close()
+        served.top = None
+        if served.config.cache_mode.no_flush and served.claim is None:
+            served.backend.settle()  # no flush has said that it is there
+        try:
+            if served.claim is not None:
+                served.claim.close()
+        except (Error, OSError) as error:
+            # The image's mark keeps the other daemon from it.
+            self._log.error("hand-over-failed", volume=served.name, error=str(error), hint="vhostcache drain")
+        finally:
+            served.backend.close()
+        served.claim = None
+        served.closing = False
+        served.volume = Away(served.volume.size_bytes)
+        self._use(index)
+        self._has_exchanged = True
+
+    def _take_storage(self, index: int) -> None:
+        """Error: it cannot be had now, and nothing has been changed."""
+        served = self._served[index]
+        with contextlib.ExitStack() as stack:
+            backend = self._open_backend(served.config, stack, waits=False)
+            size_bytes, told_bytes = backend.facts.size_bytes, served.volume.size_bytes
+            if size_bytes < told_bytes:
+                raise ImageError(
+                    backend.identity, f"is {size_bytes} bytes large", f"{told_bytes}, as the front-end has been told"
+                )
+            top = stack_backend(served.config, backend, self._opener)
+            stack.callback(top.close)
+            claim = self._claim(served.config, backend, stack, waits=False)
+            new = self._add(served.config, backend, served.listener, claim, index, top)
+            stack.pop_all()
+        if claim is not None:
+            claim.served = True
+        served.backend, served.top, served.claim, served.volume = backend, top, claim, new.volume
+        backend.watch(partial(self._watch_backend, index))
+        served.write_cache = served.write_cache and new.write_cache
+        served.write_cache_unknown, served.told = new.write_cache_unknown, None
+        self._engine.set_write_cache(index, served.write_cache)
+        self._use(index)
+        self._has_exchanged = True
+        if size_bytes > told_bytes:
+            self._engine.grow_volume(index, size_bytes)
+        if served.connected:
+            served.volume.connected()
+        self._tell_write_cache(served)
+        self._deadlines[index] = 0
 
     # Stopping.
 
@@ -762,7 +919,7 @@ class Daemon:
 
     def _check_image(self, index: int) -> None:
         served = self._served[index]
-        if served.failed:
+        if served.failed or served.is_away:
             return
         notice = served.backend.check()
         if notice is not None:
@@ -789,7 +946,7 @@ class Daemon:
     def _report(self, index: int) -> None:
         served = self._served[index]
         fields = metrics.statistics(self._engine.volume_statistics(index), served.volume.statistics())
-        if served.backend.kind != "file":
+        if served.backend.kind != "file" and served.top is not None:
             fields["connection"] = served.top.statistics()
         self._log.info("statistics", volume=served.name, **fields, engine=self._engine.engine_statistics())
 
@@ -816,6 +973,7 @@ class Daemon:
         return {
             "name": served.name,
             "state": "failed" if served.failed else served.state.value,
+            "storage": served.hand_over.where.value,
             "connected": served.connected,
             "socket": config.socket,
             "backend": config.backend.label,
@@ -833,6 +991,68 @@ class Daemon:
             "flushes_performed": core["flushes_performed"],
             "cache": None if served.claim is None else {"path": served.claim.path, **metrics.log_status(core)},
         }
+
+
+class _Storage:
+    """What hand-over does with one volume's storage."""
+
+    def __init__(self, daemon: Daemon, index: int) -> None:
+        self._daemon = daemon
+        self._index = index
+
+    @property
+    def can_be_locked(self) -> bool:
+        backend = self._served.backend
+        return backend.kind == "file" or backend.can_be_marked
+
+    @property
+    def _served(self) -> Served:
+        return self._daemon._served[self._index]
+
+    def tell(self, level: str, event: str, **fields: Any) -> None:
+        getattr(self._daemon._log, level)(event, volume=self._served.name, **fields)
+
+    def hurry(self, on: bool) -> None:
+        if not isinstance(self._served.volume, Away):
+            self._served.volume.hurry(on)
+            self._daemon._deadlines[self._index] = 0
+
+    def drain(self, on: bool) -> None:
+        volume = self._served.volume
+        assert not isinstance(volume, Away)
+        volume.drain(on)
+        self._daemon._deadlines[self._index] = 0
+
+    def drained(self) -> bool:
+        served = self._served
+        return served.volume.drained and served.growth is None and not served.growing
+
+    def close(self) -> None:
+        self._daemon._engine.hold_volume(self._index, True)
+        self._daemon._close_log(self._index, cold=True)
+
+    def closed(self) -> bool:
+        volume = self._served.volume
+        return volume.idle and (not isinstance(volume, LogVolume) or volume.closed)
+
+    def let_go(self) -> None:
+        self._daemon._let_go(self._index)
+
+    def take(self) -> str:
+        try:
+            self._daemon._take_storage(self._index)
+        except Error as error:
+            return str(error)
+        return ""
+
+    def stopped(self) -> None:
+        self._daemon._engine.volume_stopped(self._index)
+
+    def cut_off(self) -> None:
+        self._daemon._engine.disconnect_volume(self._index)
+
+    def dirty_bytes(self) -> int:
+        return self._served.volume.statistics()["dirty_blocks"] * 4096
 
 
 def _cache_fields(served: Served) -> dict[str, Any]:

@@ -13,7 +13,7 @@ A commit begins with `commit_need`: for each object the serial number of the fir
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from vhostcache import operations as op
@@ -95,6 +95,7 @@ class Destager:
         "_running",
         "_serial",
         "_settings",
+        "_threshold_blocks",
         "_unflushed",
         "_unflushed_direct",
         "_unflushed_zeroes",
@@ -126,6 +127,7 @@ class Destager:
         self._settings = settings
         self.size_bytes = size_bytes
         """Of the disk: the last block may be a part of one."""
+        self._threshold_blocks = settings.threshold_blocks
         self.in_flight: dict[int, Destage] = {}
         self.blocks_in_flight = 0
         self._serial = 0
@@ -224,6 +226,10 @@ class Destager:
             self._urgent.append(number)
 
     # --- what to destage, when ---
+
+    def hurry(self, on: bool) -> None:
+        """Destage whatever is dirty without waiting for its age, or as configured."""
+        self._settings = replace(self._settings, threshold_blocks=0 if on else self._threshold_blocks)
 
     def schedule(self, now_ns: int) -> int:
         """Start what is to be started; returns the time at which to look again, in ns."""

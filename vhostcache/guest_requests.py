@@ -153,6 +153,11 @@ class GuestRequests:
         else:
             self._io.done(group, result)
 
+    @property
+    def idle(self) -> bool:
+        """No I/O is in flight."""
+        return not self._io.in_flight
+
     # --- the connection ---
 
     def connected(self) -> None:

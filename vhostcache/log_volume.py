@@ -289,9 +289,15 @@ class LogVolume(GuestRequests):
     def _closed(self) -> None:
         self.closed = True
 
-    def drain(self) -> None:
-        """Begin to destage everything; `drained` says when that has ended."""
-        self._draining = True
+    def drain(self, on: bool = True) -> None:
+        """Begin to destage everything; `drained` says when that has ended. Off: go on as usual."""
+        self._draining = on
+        if not on:
+            self._destager.draining = False
+
+    def hurry(self, on: bool) -> None:
+        """Destage whatever is durable, so that little is left to drain."""
+        self._destager.draining = on or self._draining
 
     @property
     def drained(self) -> bool:
@@ -303,11 +309,13 @@ class LogVolume(GuestRequests):
             and not (self._room or self._parked or self._io.in_flight)
         )
 
-    def close(self, backend_mtime_ns: Callable[[], int]) -> None:
+    def close(self, backend_mtime_ns: Callable[[], int], cold: bool = False) -> None:
         """Begin to end: commit, wait for what is on its way, mark the log as closed in good order. Then `closed`. There
         must be no front-end. Dirty data stays in the log. `backend_mtime_ns` is asked when nothing writes to the
-        backend any more: by that the next start sees that nobody has."""
+        backend any more: by that the next start sees that nobody has. `cold`: after a drain, the image goes into other
+        hands, and nothing in the log is to be believed again."""
         self._closing = True
+        self._checkpointer.cold = cold
         self._checkpointer.backend_mtime_ns = backend_mtime_ns
         self._destager.stopped = not self._draining
 

@@ -166,9 +166,14 @@ class Volume(GuestRequests):
         self._ranges.size_bytes = size_bytes
         when_done()
 
-    def drain(self) -> None:
-        """Begin to destage everything and flush the backend; `drained` says when that has ended."""
-        self._draining = True
+    def drain(self, on: bool = True) -> None:
+        """Begin to destage everything and flush the backend; `drained` says when that has ended. Off: go on as
+        usual."""
+        self._draining = on
+
+    def hurry(self, on: bool) -> None:
+        """Destage whatever is dirty, so that little is left to drain."""
+        self._destager.hurry(on)
 
     @property
     def drained(self) -> bool:

@@ -49,14 +49,17 @@ class Lab:
     def socket(self, name: str = "vda") -> Path:
         return self.folder / f"{name}.sock"
 
-    def export(self, image: Path, *options: str) -> Daemon:
-        """A running `vhostcache export` on the socket `vda`."""
-        return self._started(Daemon.export(image, self.socket(), *options, log=self.logs / "daemon.log"))
+    def export(self, image: Path, *options: str, socket: str = "vda") -> Daemon:
+        """A running `vhostcache export` on the socket `vda`, or another one."""
+        log = self.logs / ("daemon.log" if socket == "vda" else f"daemon-{socket}.log")
+        return self._started(Daemon.export(image, self.socket(socket), *options, log=log))
 
     def serve(self, config: Path) -> Daemon:
         return self._started(Daemon.serve(config, log=self.logs / "daemon.log"))
 
-    def guest(self, *disks: Disk, processors: int = 2, reboots: bool = False, incoming: Path | None = None) -> Guest:
+    def guest(
+        self, *disks: Disk, processors: int = 2, reboots: bool = False, incoming: Path | str | None = None
+    ) -> Guest:
         """A booted guest whose disks are all there; without `disks`, one on the socket `vda`."""
         attached = disks or (Disk(self.socket()),)
         folder = self.logs / f"guest{len(self._guests)}"

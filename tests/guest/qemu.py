@@ -90,8 +90,9 @@ class Guest:
         *,
         processors: int = 2,
         reboots: bool = False,
-        incoming: Path | None = None,
+        incoming: Path | str | None = None,
     ) -> None:
+        """`incoming`: a file that a guest was saved to, which is restored; or the URI at which one is waited for."""
         self.folder = folder
         self._disks = list(disks)
         self._processors = processors
@@ -141,7 +142,9 @@ class Guest:
         self.qmp.settimeout(COMMAND_TIMEOUT_S)
         try:
             self.qmp.connect()
-            if self._incoming:
+            if isinstance(self._incoming, str):
+                self.qmp.cmd("migrate-incoming", uri=self._incoming)
+            elif self._incoming:
                 self._restore(self._incoming)
             else:
                 self.wait_ready()
@@ -300,6 +303,32 @@ class Guest:
     def _restore(self, file: Path) -> None:
         self.qmp.cmd("migrate-incoming", uri=f"exec:cat {shlex.quote(str(file))}")
         self._wait_for_migration()
+
+    def migrate(self, uri: str, *, pauses: bool = False) -> None:
+        """Begins a live migration. `pauses`: it stops before the other side may start, until `go_on_with_migration`."""
+        capabilities = [{"capability": "pause-before-switchover", "state": pauses}]
+        self.qmp.cmd("migrate-set-capabilities", capabilities=capabilities)
+        self.qmp.cmd("migrate", uri=uri)
+
+    def go_on_with_migration(self) -> None:
+        self.wait_for_migration("pre-switchover")
+        self.qmp.cmd("migrate-continue", state="pre-switchover")
+
+    def cancel_migration(self) -> None:
+        self.qmp.cmd("migrate_cancel")
+        self.wait_for_migration("cancelled")
+
+    def wait_for_migration(self, wanted: str = "completed") -> None:
+        """Waits until QEMU says that of its migration."""
+        deadline = time.monotonic() + MIGRATION_TIMEOUT_S
+        while (status := cast(dict[str, Any], self.qmp.cmd("query-migrate")).get("status")) != wanted:
+            if status in ("failed", "completed", "cancelled") or time.monotonic() > deadline:
+                raise GuestError(f"the migration is {status}, not {wanted}; logs: {self.folder}")
+            time.sleep(0.05)
+
+    def throttle_migration(self, bytes_per_s: int) -> None:
+        """So slow that it does not end by itself, or (0) as fast as it can."""
+        self.qmp.cmd("migrate-set-parameters", **{"max-bandwidth": bytes_per_s})
 
     def _wait_for_migration(self) -> None:
         deadline = time.monotonic() + MIGRATION_TIMEOUT_S

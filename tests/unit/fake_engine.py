@@ -113,6 +113,11 @@ class FakeEngine:
         return facts
 
     def add_volume(self, **config: Any) -> int:
+        attach_to = config.get("attach_to")
+        if attach_to is not None:
+            assert self.volumes[attach_to]["detached"]
+            self.volumes[attach_to] = {**config, "detached": False}
+            return int(attach_to)
         self.volumes.append(config)
         return len(self.volumes) - 1
 
@@ -124,6 +129,19 @@ class FakeEngine:
         if index in self.connected:
             self.steps.insert(0, lambda engine, result: result.event(EVENT_QUIESCE, index, 0))
             self.steps.insert(1, lambda engine, result: engine.disconnect(result, index))
+
+    def detach_volume(self, index: int) -> None:
+        assert not self.volumes[index].get("detached")
+        self.volumes[index]["detached"] = True
+
+    def hold_volume(self, index: int, hold: bool) -> None:
+        pass
+
+    def volume_stopped(self, index: int) -> None:
+        pass
+
+    def set_write_cache(self, index: int, enabled: bool) -> None:
+        pass
 
     def watch(self, descriptor: int, number: int) -> None:
         self._watched[descriptor] = number

@@ -48,8 +48,11 @@ class FileBackend(Backend):
     kind: ClassVar[str] = "file"
     can_resize: ClassVar[bool] = True
 
-    def __init__(self, path: str, read_only: bool, direct: bool, lock_wait_s: float = LOCK_WAIT_S) -> None:
-        """Open it. ImageError: one line, nothing touched, nothing left open."""
+    def __init__(
+        self, path: str, read_only: bool, direct: bool, lock_wait_s: float = LOCK_WAIT_S, locked: bool = True
+    ) -> None:
+        """Open it. ImageError: one line, nothing touched, nothing left open. Not `locked`: to look at, and to be closed
+        again before anybody does I/O."""
         self._path = path
         _refuse_other_kinds(path)
         descriptor, direct, self.warnings = _open(path, read_only, direct)
@@ -59,7 +62,8 @@ class FileBackend(Backend):
             self._is_device = stat.S_ISBLK(kind)
             size_bytes = self._size_bytes()
             _refuse_odd_sizes(path, size_bytes)
-            _lock(path, descriptor, read_only, lock_wait_s)
+            if locked:
+                _lock(path, descriptor, read_only, lock_wait_s)
             align_mem_bytes, align_io_bytes = 1, 1
             if direct:
                 alignment = direct_alignment(descriptor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vhostcache.backend.base import Backend, Opened, Opener
-from vhostcache.backend.file import FileBackend
+from vhostcache.backend.file import LOCK_WAIT_S, FileBackend
 from vhostcache.backend.nbd import NbdBackend
 from vhostcache.backend.qsd import QsdBackend
 from vhostcache.config import VolumeConfig
@@ -11,11 +11,14 @@ from vhostcache.config_backend import FileBackendConfig, NbdBackendConfig
 from vhostcache.errors import EngineError, UsageError
 
 
-def open_backend(volume: VolumeConfig, opener: Opener) -> Backend:
-    """ImageError: one line, and nothing is left open but what the engine closes with itself."""
+def open_backend(
+    volume: VolumeConfig, opener: Opener, lock_wait_s: float = LOCK_WAIT_S, locked: bool = True
+) -> Backend:
+    """ImageError: one line, and nothing is left open but what the engine closes with itself. Not `locked`: to look at,
+    and to be closed again before anybody does I/O."""
     config = volume.backend
     if isinstance(config, FileBackendConfig):
-        return FileBackend(config.path, volume.read_only, volume.cache_mode.direct)
+        return FileBackend(config.path, volume.read_only, volume.cache_mode.direct, lock_wait_s, locked)
     if isinstance(config, NbdBackendConfig):
         return NbdBackend(config, opener, volume.read_only)
     return QsdBackend(config, opener, volume.read_only, volume.cache_mode.direct, volume.object_size)

@@ -43,6 +43,8 @@ class Checkpointer:
         self.backend_size_bytes = superblock.backend_size_bytes
         self.closing = False
         """The next one says that the log was closed in good order."""
+        self.cold = False
+        """... and that nothing in it is to be believed again."""
         self.backend_mtime_ns: Callable[[], int] = lambda: superblock.backend_mtime_ns
         self.count = 0
 
@@ -119,6 +121,7 @@ class Checkpointer:
             write_cache=self.write_cache,
             backend_size_bytes=self.backend_size_bytes,
             clean=self.closing,
+            cold=self.closing and self.cold,
             backend_mtime_ns=self.backend_mtime_ns() if self.closing else self.superblock.backend_mtime_ns,
         )
         self._write(A_OFFSET_BYTES)

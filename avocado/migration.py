@@ -1,0 +1,88 @@
+"""A guest migrates under I/O between two daemons that share an image and have caches of their own."""
+
+import os
+import shutil
+from pathlib import Path
+
+from avocado import Test
+from tests.guest import host
+from tests.guest.daemon import Daemon
+from tests.guest.lab import Lab, fio_job, verify, write, write_command
+from tests.guest.qemu import Disk, Guest
+
+BEFORE, DURING, AFTER = fio_job(0, 16, seed=21), fio_job(64, 48, seed=22), fio_job(128, 16, seed=23)
+# Written and verified again and again, with a flush now and then.
+HAMMER = write_command(DURING, "--loops=3", "--fsync=32")
+SLOW = 64 << 10  # bytes a second, at which a migration does not end
+
+
+class Migration(Test):
+    timeout = 900
+
+    def setUp(self) -> None:
+        self.lab = Lab(Path(self.outputdir))
+        self.image = self.lab.image()
+        self.guests = 0
+        self.ram_dir = Path(f"/dev/shm/vhostcache-migration-{os.getpid()}")
+
+    def tearDown(self) -> None:
+        self.lab.close()
+        shutil.rmtree(self.ram_dir, ignore_errors=True)
+
+    def export(self, side: str, *options: str, cache: bool = True) -> Daemon:
+        if cache:
+            options += (f"--cache={self.lab.folder / side}.cache", "--cache-size=128MiB", f"--ram-dir={self.ram_dir}")
+        return self.lab.export(self.image, "--ram=32MiB", *options, socket=side)
+
+    def guest(self, side: str, *, incoming: bool = False) -> Guest:
+        return self.lab.guest(Disk(self.lab.socket(side)), incoming=self.uri() if incoming else None)
+
+    def uri(self) -> str:
+        return f"unix:{self.lab.folder}/migration"
+
+    def migrate(self, source: Guest, side: str) -> Guest:
+        """All of it. The source's QEMU ends."""
+        destination = self.guest(side, incoming=True)
+        source.throttle_migration(0)
+        source.migrate(self.uri())
+        source.wait_for_migration()
+        source.kill()
+        return destination
+
+    def check(self, guest: Guest, *jobs: str) -> None:
+        """In the guest, and, when it and the daemons have ended, in the image."""
+        for job in jobs:
+            verify(guest, job)
+
+    def there_and_back(self, *, cache: bool) -> None:
+        a = self.export("a", *(["--drain-on-exit"] if cache else []), cache=cache)
+        b = self.export("b", "--incoming", cache=cache)
+        guest = self.guest("a")
+        write(guest, BEFORE)
+        guest.begin(HAMMER)
+        guest = self.migrate(guest, "b")
+        guest.wait_for_requests()
+        guest.finish(timeout_s=300)
+        self.assertEqual(len(a.wait_for("handed-over")), 1)
+        self.assertEqual(len(b.wait_for("taken-over")), 1)
+        self.check(guest, BEFORE, DURING)
+        # What A has cached of this is old now.
+        write(guest, BEFORE.replace("seed=21", "seed=24"))
+        guest.begin(write_command(AFTER, "--loops=3", "--fsync=32"))
+        guest = self.migrate(guest, "a")
+        guest.finish(timeout_s=300)
+        self.assertEqual(len(a.wait_for("taken-over")), 1)
+        self.check(guest, BEFORE.replace("seed=21", "seed=24"), DURING, AFTER)
+        guest.power_off()
+        a.stop()
+        b.stop()
+
+    def test_a_guest_goes_there_and_back_under_io(self) -> None:
+        self.there_and_back(cache=True)
+        for job in (BEFORE.replace("seed=21", "seed=24"), DURING, AFTER):
+            host.verify_fio(self.image, job)
+
+    def test_a_guest_goes_there_and_back_without_cache_files(self) -> None:
+        self.there_and_back(cache=False)
+        for job in (BEFORE.replace("seed=21", "seed=24"), DURING, AFTER):
+            host.verify_fio(self.image, job)

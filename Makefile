@@ -85,7 +85,7 @@ setup-test: packages-test setup-guest
 # ------------------------------------------------------------------------------------------------------------------- use
 
 .PHONY: run shell
-run: setup-guest ## a real QEMU guest on a cached disk: hammered, verified, checked on the host
+run: setup-guest ## a real QEMU guest on a cached disk: hammered, the daemon killed, verified, checked on the host
 	@$(BIN)/python scripts/run_guest.py run
 shell: setup-guest ## the console of such a guest, with the disk as /dev/vda (Ctrl-A X leaves)
 	@$(BIN)/python scripts/run_guest.py shell

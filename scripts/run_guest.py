@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""`make run`: a real QEMU guest on a disk behind vhostcache, hammered in the guest and checked on the host. `make
-shell`: its console.
+"""`make run`: a real QEMU guest on a disk behind vhostcache, with a cache file, hammered in the guest, the daemon
+killed in the midst of it, and checked on the host. `make shell`: its console.
 """
 
 import re
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -22,7 +23,8 @@ from tests.guest.daemon import Daemon, create_image
 from tests.guest.qemu import Disk, Guest
 
 IMAGE_SIZE = "4GiB"
-RAM = "256MiB"
+RAM = "64MiB"
+CACHE_SIZE = "1GiB"
 # 2 x 12,288 random writes of 4 KiB with an fsync after each 32nd, each block with a checksum that a second pass
 # verifies.
 HAMMER = (
@@ -40,7 +42,10 @@ FILES = (
     "fio --directory=/mnt --name=files --nrfiles=150 --filesize=4k-64k --rw=write --bs=4k --fsync_on_close=1"
     " --openfiles=1 --file_service_type=sequential --verify=crc32c --verify_fatal=1"
 )
+# What goes on while the daemon is killed.
+UNDER_FIRE = HAMMER.replace("--name=hammer", "--name=killed").replace("--randseed=1", "--randseed=3")
 PROGRESS = " --eta=always --eta-newline=500ms"
+KILL_AT_PERCENT = 40
 PERCENT = re.compile(r"\[(\d+)\.\d+%\]")
 
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
@@ -101,14 +106,15 @@ def run(folder: Path, sockets: Path) -> None:
         with steps.step("make the image") as notes:
             create_image(image, IMAGE_SIZE)
             notes += [f"{IMAGE_SIZE}, {host.allocated_bytes(image) >> 10} KiB of it allocated"]
-        daemon = Daemon.export(image, socket, "--ram", RAM, log=folder / "daemon.log")
+        cache = ("--cache", str(folder / "vda.cache"), "--cache-size", CACHE_SIZE, "--drain-on-exit")
+        daemon = Daemon.export(image, socket, "--ram", RAM, *cache, log=folder / "daemon.log")
         with steps.step("start the daemon") as notes:
             daemon.start()
-            notes += [f"RAM {RAM}", f"process {daemon.pid}"]
+            notes += [f"cache file {CACHE_SIZE}", f"RAM {RAM}", f"process {daemon.pid}"]
         try:
-            sums, counters = hammer(steps, folder, Disk(socket))
-            with steps.step("stop the daemon, which drains"):
-                statistics = daemon.stop()["vda"]
+            sums, statistics = hammer(steps, folder, Disk(socket), daemon)
+            with steps.step("stop the daemon, which drains the cache"):
+                daemon.stop()
         except BaseException:
             if daemon.running:
                 daemon.kill()
@@ -119,17 +125,15 @@ def run(folder: Path, sockets: Path) -> None:
             host.compare_sums(sums, host.ext4_sums(image, folder / "files"))
             notes.append(f"{len(sums)} files are the same")
             shutil.rmtree(folder / "files")
-        with steps.step("compare counters, guest and daemon") as notes:
-            report.compare_counters(counters, statistics)
-            notes.append(f"{counters.writes:,} writes, {counters.write_bytes >> 20} MiB")
     console.print()
     console.print(report.traffic(statistics))
+    console.print(f"[dim](before the kill; {statistics['log']['fdatasyncs']:,} fdatasyncs of the log)[/]")
     allocated = host.allocated_bytes(image) >> 20
     console.print(f"image {allocated} MiB allocated of {IMAGE_SIZE}; logs and image: {folder.relative_to(ROOT)}")
 
 
-def hammer(steps: Steps, folder: Path, disk: Disk) -> tuple[dict[str, str], report.GuestCounters]:
-    """What happens in the guest. The checksums of its files, and what it counted itself."""
+def hammer(steps: Steps, folder: Path, disk: Disk, daemon: Daemon) -> tuple[dict[str, str], dict[str, Any]]:
+    """What happens in the guest. The checksums of its files, and the daemon's statistics before it was killed."""
     with steps.step("boot the guest") as notes:
         guest = Guest(folder, [disk]).start()
         notes.append(guest.run("echo Linux $(uname -r), $(nproc) processors, $(ls /sys/block/vda/mq | wc -l) queues"))
@@ -146,18 +150,45 @@ def hammer(steps: Steps, folder: Path, disk: Disk) -> tuple[dict[str, str], repo
             guest.run("umount /mnt && mount /dev/vda /mnt")
             for job in (HAMMER, BURST):
                 guest.run(job + " --verify_only" + PROGRESS, timeout_s=600, on_line=steps.line)
+        with steps.step("compare counters, guest and daemon") as notes:
+            guest.run("umount /mnt")
+            counters = report.GuestCounters.parse(guest.run("cat /sys/block/vda/stat"))
+            statistics = daemon.statistics()["vda"]
+            report.compare_counters(counters, statistics)
+            notes.append(f"{counters.writes:,} writes, {counters.write_bytes >> 20} MiB")
+        with steps.step("kill -9 the daemon under random writes, start it again, verify", measured=True) as notes:
+            guest.run("mount /dev/vda /mnt")
+            killed_s = 0.0
+
+            def kill_once(line: str) -> None:
+                nonlocal killed_s
+                steps.line(line)
+                found = PERCENT.search(line)
+                if found is not None and int(found[1]) >= KILL_AT_PERCENT and not killed_s:
+                    killed_s = time.monotonic()
+                    daemon.kill()
+                    daemon.start()
+                    killed_s = time.monotonic() - killed_s
+
+            guest.run(UNDER_FIRE + PROGRESS, timeout_s=600, on_line=kill_once)
+            if not killed_s:
+                raise GuestError("fio ended before the daemon could be killed")
+            recovered = daemon.events("recovered")[0]
+            notes += [
+                f"served again after {killed_s:.1f} s",
+                f"{recovered['ram_tier_records']} records of {recovered['records']} from the RAM tier",
+            ]
         with steps.step("checksums in the guest") as notes:
             sums = host.parse_sums(guest.run("cd /mnt && find . -type f -exec sha256sum {} +"))
             notes.append(f"{len(sums)} files")
         with steps.step("unmount, power off"):
             guest.run("umount /mnt")
-            counters = report.GuestCounters.parse(guest.run("cat /sys/block/vda/stat"))
             guest.power_off()
     except BaseException:
         if guest.running:
             guest.kill()
         raise
-    return sums, counters
+    return sums, statistics
 
 
 def shell(folder: Path, sockets: Path) -> None:
@@ -167,7 +198,8 @@ def shell(folder: Path, sockets: Path) -> None:
         create_image(image, IMAGE_SIZE)
     guest = Guest(folder, [Disk(socket)])
     line = [*guest.command_line(), "-append", "console=ttyS0 quiet panic=-1 vhc.shell", "-serial", "mon:stdio"]
-    with Daemon.export(image, socket, "--ram", RAM, log=folder / "daemon.log") as daemon:
+    cache = ("--cache", str(folder / "vda.cache"), "--cache-size", CACHE_SIZE)
+    with Daemon.export(image, socket, "--ram", RAM, *cache, log=folder / "daemon.log") as daemon:
         console.print(f"disk: {image.relative_to(ROOT)} (kept); daemon's log: {daemon.log.relative_to(ROOT)}")
         console.print(f"[dim]{shlex.join(line)}[/]")
         code = subprocess.run(line, check=False).returncode

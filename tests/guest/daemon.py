@@ -118,6 +118,14 @@ class Daemon:
                 )
             time.sleep(0.02)
 
+    def statistics(self) -> dict[str, Event]:
+        """The statistics events of now, by volume."""
+        assert self._process is not None, "not running"
+        before = len(self.events("statistics"))
+        self._process.send_signal(signal.SIGUSR1)
+        volumes = len(self.events("volume"))
+        return {event["volume"]: event for event in self.wait_for("statistics", count=before + volumes)[before:]}
+
     def stop(self) -> dict[str, Event]:
         """SIGTERM; the daemon drains, says what it did and exits 0. The statistics events, by volume."""
         assert self._process is not None, "not running"

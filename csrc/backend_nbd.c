@@ -28,7 +28,6 @@
 #define MAX_ZERO_BYTES (128u << 20) /* a server may have to write them */
 #define MAX_LINK_COMMANDS 64u       /* in flight on one connection */
 #define MAX_LINK_BYTES (32u << 20)  /* the same; one command always goes */
-#define ZEROES_BYTES (1u << 20)     /* of engine->zeroes */
 #define FIRST_PAUSE_NS 100000000ull
 #define LONGEST_PAUSE_NS 5000000000ull
 #define DRAIN_NS 1000000000ull    /* for answers, before a connection is left */
@@ -543,9 +542,10 @@ static void start_attempt(struct nbd *nbd, struct link *link)
 static void attempt_over(struct nbd *nbd, struct link *link)
 {
     vhc_backend_facts facts;
+    bool refused = false;
     char error[sizeof nbd->backend->message];
     watch_remove(nbd->backend->engine, nbd_attempt_fd(link->attempt));
-    struct nbd_handle *handle = nbd_attempt_finish(link->attempt, &facts, error, sizeof error);
+    struct nbd_handle *handle = nbd_attempt_finish(link->attempt, &facts, &refused, error, sizeof error);
     link->attempt = NULL;
     if (link->index >= nbd->wanted) { /* not any more */
         nbd_close(handle);
@@ -553,7 +553,7 @@ static void attempt_over(struct nbd *nbd, struct link *link)
     }
     if (!handle || !same_export(nbd, &facts, error, sizeof error)) {
         schedule(nbd, link);
-        if (!handle) {
+        if (!handle && !refused) {
             tell_lost(nbd, error);
         } else if (!nbd->up && !(nbd->refused && strcmp(nbd->backend->message, error) == 0)) {
             nbd->lost = nbd->refused = true;

@@ -26,6 +26,7 @@
 #define VHC_MAX_TAGS (1u << 24)
 #define VHC_MAX_TURN_REQUESTS 4096  /* requests reported in a turn; the others wait in their rings */
 #define VHC_MAX_VOLUME_REQUESTS 1024 /* of one volume in a turn, so that a busy volume does not starve the others */
+#define ZEROES_BYTES (1u << 20)
 #define VHC_INLINE_IOV 6            /* a 4 KiB request has three segments; longer chains get memory of their own */
 
 struct volume;
@@ -201,7 +202,7 @@ struct vhc_engine {
     uint32_t submitting;      /* calls of submit() on the stack: an end is reported when they are over */
     bool ending;              /* nobody wants to hear of anything any more */
     struct io *ended_first, **ended_last;
-    void *zeroes;           /* for writing zeroes where fallocate cannot */
+    void *zeroes;           /* ZEROES_BYTES of them, for writing zeroes where fallocate cannot */
 
     uint64_t now_ns, epoll_ns, accept_retry_ns;
     uint64_t window_ns[2]; /* adaptive polling: for the guest, for I/O */

@@ -12,7 +12,6 @@
 #include <sys/mman.h>
 
 #define CHUNK 256
-#define ZEROES_BYTES (1u << 20)
 #define MAX_RETRIES 1000
 
 bool io_create(vhc_engine *engine, char *error, size_t error_bytes)

@@ -32,7 +32,7 @@ struct nbd_target {
 struct nbd_attempt {
     struct nbd_target *target;
     pthread_mutex_t mutex;
-    bool over, abandoned;
+    bool over, abandoned, refused;
     int event_fd;
     struct nbd_handle *nbd;
     vhc_backend_facts facts;
@@ -215,8 +215,9 @@ static bool read_facts(struct nbd_handle *nbd, const struct nbd_target *target, 
     return true;
 }
 
-static struct nbd_handle *connect_to(struct nbd_target *target, struct nbd_attempt *attempt, vhc_backend_facts *facts, char *error,
-                                     size_t error_bytes)
+/* *refused: there is a server, and its export cannot be used. */
+static struct nbd_handle *connect_to(struct nbd_target *target, struct nbd_attempt *attempt, vhc_backend_facts *facts, bool *refused,
+                                     char *error, size_t error_bytes)
 {
     struct nbd_handle *nbd = nbd_create();
     uint64_t deadline_ns = clock_ns() + TIMEOUT_NS;
@@ -234,6 +235,7 @@ static struct nbd_handle *connect_to(struct nbd_target *target, struct nbd_attem
         watch_peer(nbd_aio_get_fd(nbd));
         if (read_facts(nbd, target, facts, error, error_bytes))
             return nbd;
+        *refused = true;
     } else if (late) {
         snprintf(error, error_bytes, "the server did not answer within 10 s");
     } else {
@@ -245,7 +247,8 @@ static struct nbd_handle *connect_to(struct nbd_target *target, struct nbd_attem
 
 struct nbd_handle *nbd_connect_now(struct nbd_target *target, vhc_backend_facts *facts, char *error, size_t error_bytes)
 {
-    return connect_to(target, NULL, facts, error, error_bytes);
+    bool refused = false;
+    return connect_to(target, NULL, facts, &refused, error, error_bytes);
 }
 
 static void attempt_free(struct nbd_attempt *attempt)
@@ -261,7 +264,7 @@ static void *work(void *argument)
 {
     struct nbd_attempt *attempt = argument;
     uint64_t one = 1;
-    attempt->nbd = connect_to(attempt->target, attempt, &attempt->facts, attempt->error, sizeof attempt->error);
+    attempt->nbd = connect_to(attempt->target, attempt, &attempt->facts, &attempt->refused, attempt->error, sizeof attempt->error);
     pthread_mutex_lock(&attempt->mutex);
     bool abandoned = attempt->abandoned;
     attempt->over = true;
@@ -309,7 +312,7 @@ int nbd_attempt_fd(const struct nbd_attempt *attempt)
     return attempt->event_fd;
 }
 
-struct nbd_handle *nbd_attempt_finish(struct nbd_attempt *attempt, vhc_backend_facts *facts, char *error, size_t error_bytes)
+struct nbd_handle *nbd_attempt_finish(struct nbd_attempt *attempt, vhc_backend_facts *facts, bool *refused, char *error, size_t error_bytes)
 {
     pthread_mutex_lock(&attempt->mutex); /* the thread may still hold it, after its last word */
     assert(attempt->over);
@@ -317,6 +320,7 @@ struct nbd_handle *nbd_attempt_finish(struct nbd_attempt *attempt, vhc_backend_f
     struct nbd_handle *nbd = attempt->nbd;
     attempt->nbd = NULL;
     *facts = attempt->facts;
+    *refused = attempt->refused;
     snprintf(error, error_bytes, "%s", attempt->error);
     attempt_free(attempt);
     return nbd;

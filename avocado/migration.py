@@ -11,6 +11,7 @@ from tests.guest.lab import Lab, fio_job, verify, write, write_command
 from tests.guest.qemu import Disk, Guest
 
 BEFORE, DURING, AFTER = fio_job(0, 16, seed=21), fio_job(64, 48, seed=22), fio_job(128, 16, seed=23)
+AGAIN = BEFORE.replace("seed=21", "seed=24")
 # Written and verified again and again, with a flush now and then.
 HAMMER = write_command(DURING, "--loops=3", "--fsync=32")
 SLOW = 64 << 10  # bytes a second, at which a migration does not end
@@ -49,11 +50,6 @@ class Migration(Test):
         source.kill()
         return destination
 
-    def check(self, guest: Guest, *jobs: str) -> None:
-        """In the guest, and, when it and the daemons have ended, in the image."""
-        for job in jobs:
-            verify(guest, job)
-
     def there_and_back(self, *, cache: bool) -> None:
         a = self.export("a", *(["--drain-on-exit"] if cache else []), cache=cache)
         b = self.export("b", "--incoming", cache=cache)
@@ -65,24 +61,89 @@ class Migration(Test):
         guest.finish(timeout_s=300)
         self.assertEqual(len(a.wait_for("handed-over")), 1)
         self.assertEqual(len(b.wait_for("taken-over")), 1)
-        self.check(guest, BEFORE, DURING)
+        for job in (BEFORE, DURING):
+            verify(guest, job)
         # What A has cached of this is old now.
-        write(guest, BEFORE.replace("seed=21", "seed=24"))
+        write(guest, AGAIN)
         guest.begin(write_command(AFTER, "--loops=3", "--fsync=32"))
         guest = self.migrate(guest, "a")
         guest.finish(timeout_s=300)
         self.assertEqual(len(a.wait_for("taken-over")), 1)
-        self.check(guest, BEFORE.replace("seed=21", "seed=24"), DURING, AFTER)
+        for job in (AGAIN, DURING, AFTER):
+            verify(guest, job)
         guest.power_off()
         a.stop()
         b.stop()
 
     def test_a_guest_goes_there_and_back_under_io(self) -> None:
         self.there_and_back(cache=True)
-        for job in (BEFORE.replace("seed=21", "seed=24"), DURING, AFTER):
+        for job in (AGAIN, DURING, AFTER):
             host.verify_fio(self.image, job)
 
     def test_a_guest_goes_there_and_back_without_cache_files(self) -> None:
         self.there_and_back(cache=False)
-        for job in (BEFORE.replace("seed=21", "seed=24"), DURING, AFTER):
+        for job in (AGAIN, DURING, AFTER):
+            host.verify_fio(self.image, job)
+
+    def test_a_migration_that_is_cancelled_changes_nothing_and_the_next_one_succeeds(self) -> None:
+        a = self.export("a", "--drain-on-exit")
+        b = self.export("b", "--incoming")
+        guest = self.guest("a")
+        write(guest, BEFORE)
+        guest.begin(HAMMER)
+        destination = self.guest("b", incoming=True)
+        guest.throttle_migration(SLOW)
+        guest.migrate(self.uri())
+        a.wait_for("migrating")
+        guest.wait_for_requests()
+        guest.cancel_migration()
+        guest.wait_for_requests()
+        destination.kill()
+        # Later still: the guest stands still here, and the disk has gone over.
+        destination = self.guest("b", incoming=True)
+        guest.throttle_migration(0)
+        guest.migrate(self.uri(), pauses=True)
+        guest.wait_for_migration("pre-switchover")
+        a.wait_for("handed-over")
+        guest.cancel_migration()
+        guest.wait_for_requests()
+        self.assertEqual(len(a.wait_for("taken-over")), 1)
+        self.assertEqual(b.events("taken-over"), [])
+        destination.kill()
+        guest = self.migrate(guest, "b")
+        guest.wait_for_requests()
+        guest.finish(timeout_s=300)
+        for job in (BEFORE, DURING):
+            verify(guest, job)
+        guest.power_off()
+        a.stop()
+        b.stop()
+        host.drain_cache(self.lab.folder / "b.cache", self.image, self.ram_dir)
+        for job in (BEFORE, DURING):
+            host.verify_fio(self.image, job)
+
+    def test_a_destination_whose_daemon_is_killed_before_the_first_request_goes_on(self) -> None:
+        a = self.export("a", "--drain-on-exit")
+        b = self.export("b", "--incoming", "--drain-on-exit")
+        guest = self.guest("a")
+        write(guest, BEFORE)
+        guest.begin(HAMMER)
+        destination = self.guest("b", incoming=True)
+        b.wait_for("connected")
+        guest.throttle_migration(SLOW)
+        guest.migrate(self.uri())
+        a.wait_for("migrating")
+        b.kill()
+        b.start()
+        guest.throttle_migration(0)
+        guest.wait_for_migration()
+        guest.kill()
+        destination.wait_for_requests()
+        destination.finish(timeout_s=300)
+        for job in (BEFORE, DURING):
+            verify(destination, job)
+        destination.power_off()
+        a.stop()
+        b.stop()
+        for job in (BEFORE, DURING):
             host.verify_fio(self.image, job)

@@ -93,6 +93,7 @@ class HandOver:
         self._queues: set[int] = set()
         self._began_ns = 0
         self._remind_ns = 0
+        self._reason = ""
         self._migrating = False
         self._answered = False
         """The front-end knows that its queue has stopped."""
@@ -168,6 +169,7 @@ class HandOver:
 
     def _begin(self, now_ns: int) -> None:
         self._began_ns = self._remind_ns = now_ns
+        self._reason = ""
 
     def _seconds(self, now_ns: int) -> float:
         return round((now_ns - self._began_ns) * 1e-9, 3)
@@ -216,8 +218,8 @@ class HandOver:
             self.where = Where.AWAY
             self._queues.clear()
             return NEVER
-        if now_ns >= self._remind_ns:
-            self._remind_ns = now_ns + REMIND_NS
+        if now_ns >= self._remind_ns or reason != self._reason:
+            self._remind_ns, self._reason = now_ns + REMIND_NS, reason
             self._storage.tell("warning", "take-over-waits", reason=reason)
         return min(now_ns + RETRY_NS, self._began_ns + self._timeout_ns)
 

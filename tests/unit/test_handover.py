@@ -171,10 +171,13 @@ def test_what_another_daemon_has_is_tried_for_again_and_again(away: HandOver, st
     assert away.where is Where.TAKING
     away.step(RETRY_NS)
     assert storage.events == ["take-over-waits"]
-    away.step(REMIND_NS)
+    storage.reason = "has its newest data elsewhere"
+    away.step(2 * RETRY_NS)
     assert storage.events == ["take-over-waits"] * 2
+    away.step(2 * REMIND_NS)
+    assert storage.events == ["take-over-waits"] * 3
     storage.reason = ""
-    away.step(REMIND_NS + RETRY_NS)
+    away.step(2 * REMIND_NS + RETRY_NS)
     assert away.is_held
 
 

@@ -112,7 +112,9 @@ def check_command(
         facts = _facts(image.backend, file) if image is not None else None
         finding = _examine(file, tier, facts)
         corrupt: list[offline.CorruptRange] = []
+        lost: list[offline.CorruptRange] = []
         if finding.walk is not None and finding.superblock is not None:
+            lost = offline.DirtyMap(finding.walk.records, finding.superblock.clean_address).lost()
             with _bar("checking") as bar:
                 task = bar.add_task("", total=None)
                 corrupt = offline.check_payload(
@@ -125,9 +127,15 @@ def check_command(
         click.echo(f"corrupt: {damaged.size_bytes} bytes at {damaged.offset_bytes} of the disk, record {damaged.seq}")
     if len(corrupt) > CORRUPT_SHOWN:
         click.echo(f"corrupt: {len(corrupt) - CORRUPT_SHOWN} more ranges")
+    for damaged in lost[:CORRUPT_SHOWN]:
+        click.echo(
+            f"lost: {damaged.size_bytes} bytes at {damaged.offset_bytes} of the disk, until they are overwritten"
+        )
+    if len(lost) > CORRUPT_SHOWN:
+        click.echo(f"lost: {len(lost) - CORRUPT_SHOWN} more ranges")
     if finding.error is not None:
         click.echo(f"vhostcache: {finding.error}", err=True)
-    if corrupt or finding.is_damaged:
+    if corrupt or lost or finding.is_damaged:
         click.echo(f"{cache}: corrupt")
         sys.exit(EXIT_CORRUPT)
     dirty = finding.error is not None or finding.is_dirty
@@ -543,9 +551,11 @@ def _print_dirty(console: Console, finding: Finding, top: int) -> None:
     objects = offline.DirtyMap(walk.records, block.clean_address).summary()
     data = sum(one.data_blocks for one in objects)
     zeroes = sum(one.zero_blocks for one in objects)
+    lost = sum(one.lost_blocks for one in objects)
     console.print(
         f"dirty: {_size(data * 4096)} of data and {_size(zeroes * 4096)} of zeroes, "
-        f"in {_count(len(objects), 'object')} of {_size(offline.OBJECT_BYTES)}"
+        + (f"{_size(lost * 4096)} lost, " if lost else "")
+        + f"in {_count(len(objects), 'object')} of {_size(offline.OBJECT_BYTES)}"
     )
     if not objects or top == 0:
         return

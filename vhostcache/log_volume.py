@@ -32,6 +32,7 @@ from vhostcache.log import format as fmt
 from vhostcache.log.checkpoint import Checkpointer
 from vhostcache.log.destage import LogDestager, LogDestageSettings
 from vhostcache.log.index import LogIndex
+from vhostcache.log.losses import Losses
 from vhostcache.log.pace import Pacer
 from vhostcache.log.recovery import Recovered
 from vhostcache.log.superblock import WRITE_CACHE_OFF, WRITE_CACHE_ON, WRITE_CACHE_UNKNOWN
@@ -104,12 +105,14 @@ class LogVolume(GuestRequests):
             sync_interval_ns=settings.sync_interval_ns,
             flush_window_ns=settings.flush_window_ns,
         )
+        self._losses = Losses(block_map, self._io, self._index, self._writer)
         self._destager = LogDestager(
             block_map,
             self._cache,
             self._io,
             self._index,
             self._writer,
+            self._losses,
             LogDestageSettings(
                 destage_after_ns=settings.destage_after_ns,
                 threshold_blocks=ring_blocks * settings.destage_threshold_percent // 100,
@@ -152,6 +155,8 @@ class LogVolume(GuestRequests):
                 block, count, kind = fmt.split_extent(word)
                 if kind == fmt.DATA:
                     blocks += range(block, block + count)
+                elif kind == fmt.LOST:
+                    index.recover_loss(block, block + count, record.address)
                 elif kind != fmt.PAD:
                     index.recover_zero(block, block + count, record.address)
             index.recover(blocks, record.address + record.header_blocks)
@@ -251,6 +256,8 @@ class LogVolume(GuestRequests):
             deadline_ns = min(deadline_ns, self._retry_reads(now_ns))
         if self._draining or self._closing:
             self._advance_end()
+        if self._index.lost:
+            self._losses.schedule()
         if self._swept != self._checkpointer.count:
             if self._index.sweep():
                 deadline_ns = now_ns
@@ -278,7 +285,8 @@ class LogVolume(GuestRequests):
             return
         if self._draining:
             destager.draining = True
-            if destager.settled and checkpointer.superblock.clean_address < writer.head and not checkpointer.running:
+            clean = checkpointer.superblock.clean_address
+            if destager.settled and clean < self._index.clean_below(writer.head) and not checkpointer.running:
                 checkpointer.request()
         if self._closing and not (
             (self._draining and not destager.settled) or destager.busy or checkpointer.closing or checkpointer.running
@@ -301,11 +309,11 @@ class LogVolume(GuestRequests):
 
     @property
     def drained(self) -> bool:
-        """Everything accepted is durable on the backend, the superblocks say so, and nothing waits."""
+        """Everything accepted and not lost is durable on the backend, the superblocks say so, and nothing waits."""
         return (
             self._destager.settled
             and self._writer.settled
-            and self._checkpointer.superblock.clean_address >= self._writer.head
+            and self._checkpointer.superblock.clean_address >= self._index.clean_below(self._writer.head)
             and not (self._room or self._parked or self._io.in_flight)
         )
 
@@ -391,7 +399,7 @@ class LogVolume(GuestRequests):
             "log_durable": writer.durable_address,
             "log_durable_seq": writer.durable_seq,
             "checkpoints": self._checkpointer.count,
-            "rotten_blocks": len(self._destager.rotten),
+            "lost_blocks": sum(map(index.is_lost, index.lost)),
             **self._fills.counters,
             **self._destager.statistics(),
             **writer.counters,

@@ -10,7 +10,7 @@ import pytest
 from tests.log.harness import BLOCK, BOOT, IMAGE, fill, open_cache
 from vhostcache.errors import CacheCorruptError
 from vhostcache.log import offline
-from vhostcache.log.format import DISCARD, ZERO, extent, offset_bytes
+from vhostcache.log.format import DISCARD, LOST, ZERO, extent, offset_bytes
 from vhostcache.log.recovery import Decision, close, examine, recover
 
 
@@ -159,7 +159,31 @@ def test_the_summary_names_the_dirtiest_objects_first() -> None:
     writer.record([extent(2048, 10, ZERO)])
     writer.flush()
     recovered = recover(disk, None, b"after power loss", IMAGE)
-    assert offline.DirtyMap(recovered.records, recovered.clean_address).summary() == [(1, 2, 0), (0, 1, 0), (2, 0, 10)]
+    assert offline.DirtyMap(recovered.records, recovered.clean_address).summary() == [
+        (1, 2, 0, 0),
+        (0, 1, 0, 0),
+        (2, 0, 10, 0),
+    ]
+
+
+def test_what_a_daemon_has_noted_as_lost_is_not_drained_unless_it_was_overwritten() -> None:
+    disk, writer = open_cache()
+    writer.write(0, b"0", b"1", b"2", b"3", b"4", b"5", b"6")
+    writer.record([extent(1, 4, LOST), extent(5, 1, LOST), extent(6, 1, LOST)])
+    writer.record([extent(6, 1, DISCARD), extent(2, 1)], [fill(b"two")])
+    writer.flush()
+    recovered = recover(disk, None, b"after power loss", IMAGE)
+    lost = [offline.CorruptRange(at * BLOCK, count * BLOCK, 0) for at, count in ((1, 1), (3, 3))]
+    dirty = offline.DirtyMap(recovered.records, recovered.clean_address)
+    assert dirty.lost() == lost
+    assert dirty.summary() == [(0, 2, 1, 4)]
+    image = MemoryImage(10 * BLOCK)
+    with pytest.raises(CacheCorruptError, match="2 ranges are damaged, the first 4096 bytes at 4096"):
+        offline.drain(disk, recovered.superblock, recovered.records, image)
+    assert image.calls == [("write", 0, BLOCK), ("write", 2 * BLOCK, BLOCK), ("discard", 6 * BLOCK, BLOCK)]
+    given_up: list[offline.CorruptRange] = []
+    offline.drain(disk, recovered.superblock, recovered.records, image, give_up=given_up.extend)
+    assert given_up == lost
 
 
 def test_records_are_listed_for_json() -> None:

@@ -157,3 +157,54 @@ def test_a_cut_off_cache_is_refused_by_the_tools_and_the_image_stays_as_it_is(le
         [VHOSTCACHE, "drain", disk.cache, "--backend", disk.image], check=True, capture_output=True, timeout=TIMEOUT_S
     )
     assert disk.image.read_bytes()[AREA.start : AREA.stop] == left.content
+
+
+def test_what_rots_before_it_is_in_the_image_is_lost_and_nothing_else_waits_for_it(
+    disk: CachedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rotten, good = FREE + 8192, FREE + 64 * 4096
+    disk.daemon.start()
+    with disk.frontend() as frontend:
+        frontend.write(FREE, noise(MIB, "all"))
+        frontend.flush()
+    disk.daemon.stop()
+    done = subprocess.run([VHOSTCACHE, "dump", disk.cache], capture_output=True, check=True, timeout=TIMEOUT_S)
+    (record,) = (line for line in map(json.loads, done.stdout.splitlines()) if line.get("payload_blocks"))
+    flip(disk.cache, record["offset_bytes"] + (record["header_blocks"] + 2) * 4096 + 99, 3)
+    disk.use("--destage", "on", "--destage-after", "10ms")
+
+    disk.daemon.start()
+    assert [event["offset"] for event in disk.daemon.wait_for("log-corrupt")] == [rotten]
+    with disk.frontend() as frontend:
+        room = frontend.room(4096)
+        assert frontend.request(0, rotten // 512, room).status == IOERR
+        assert frontend.read(good, 65536) == noise(MIB, "all")[good - FREE :][:65536]
+    disk.daemon.stop()
+    assert disk.in_image(FREE, 8192) == noise(MIB, "all")[:8192], "its neighbours are in the image"
+    assert disk.in_image(rotten + 4096, MIB - 12288) == noise(MIB, "all")[12288:]
+    (event,) = disk.daemon.events("statistics")
+    assert event["lost_blocks"] == 1
+
+    check = subprocess.run([VHOSTCACHE, "check", disk.cache], capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert check.returncode == 2
+    assert f"lost: 4096 bytes at {rotten} of the disk" in check.stdout
+    drain = [VHOSTCACHE, "drain", disk.cache, "--backend", disk.image, "--ram-dir", disk.ram_dir]
+    refused = subprocess.run(drain, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert refused.returncode == 1
+    assert "--give-up-damaged" in refused.stderr
+
+    disk.daemon.start()
+    with disk.frontend() as frontend:
+        room = frontend.room(4096)
+        assert frontend.request(0, rotten // 512, room).status == IOERR, "it is not forgotten"
+        assert frontend.request(1, rotten // 512, frontend.out(b"x" * 512)).status == IOERR, "nor made up"
+        frontend.write(rotten, noise(4096, "again"))
+        assert frontend.read(rotten, 4096) == noise(4096, "again")
+        frontend.flush()
+    disk.use("--drain-on-exit")
+    disk.daemon.stop()
+    disk.daemon.start()
+    disk.daemon.stop()
+    assert disk.in_image(rotten, 4096) == noise(4096, "again")
+    check = subprocess.run([VHOSTCACHE, "check", disk.cache], capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert "lost" not in check.stdout

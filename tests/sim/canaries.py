@@ -11,7 +11,7 @@ from tests.sim.world import FOCUS
 from vhostcache import guest_requests, log_volume
 from vhostcache import operations as op
 from vhostcache.fill import Fills
-from vhostcache.log import checkpoint, decision, destage, recovery, walk, writer
+from vhostcache.log import checkpoint, decision, destage, index, recovery, walk, writer
 from vhostcache.log.superblock import A_OFFSET_BYTES, B_OFFSET_BYTES
 from vhostcache.map import DIRTY, FREE, ORPHAN, WRITING
 
@@ -21,6 +21,12 @@ SIZES: Final[dict[str, dict[str, Any]]] = {}
 SIZES["destage-what-is-not-durable"] = {**FOCUS[0], "power": 1.0}
 SIZES["no-epoch"] = SIZES["no-open-seq"] = {**FOCUS[1], "recovery_crashes": 0.0, "cache_faults": 0.0, "flips": 0.0}
 SIZES["write-cache-forgotten"] = {**FOCUS[3], "ignore_flush": False}
+for _name in (
+    "a-loss-does-not-hold-the-tail",
+    "a-loss-does-not-outlive-the-process",
+    "no-room-for-losses-in-a-full-log",
+):
+    SIZES[_name] = FOCUS[4]
 SIZES["epoch-in-one-superblock"] = {"openings": 2, "steps": 30, "flips": 1.0, "recovery_crashes": 0.0}
 
 
@@ -263,6 +269,40 @@ def partial_block_without_its_newest_content() -> None:
 
 
 # What recovery does.
+
+
+@canary
+def a_loss_does_not_hold_the_tail() -> None:
+    """What the backend has of a block that was lost is shown, when the log has gone on."""
+
+    def clean_below(original: Any, self: Any, durable: int) -> Any:
+        lost, self.lost = self.lost, {}
+        try:
+            return original(self, durable)
+        finally:
+            self.lost = lost
+
+    _patch(index.LogIndex, "clean_below", clean_below)
+
+
+@canary
+def a_loss_does_not_outlive_the_process() -> None:
+    """The same after a restart."""
+
+    def recover_loss(original: Any, self: Any, *arguments: Any) -> None:
+        pass
+
+    _patch(index.LogIndex, "recover_loss", recover_loss)
+
+
+@canary
+def no_room_for_losses_in_a_full_log() -> None:
+    """A log that is full because of what has rotted in it stays full."""
+
+    def take_room(original: Any, self: Any, *arguments: Any, urgent: bool = False) -> Any:
+        return original(self, *arguments)
+
+    _patch(writer.LogWriter, "take_room", take_room)
 
 
 @canary

@@ -416,6 +416,12 @@ class Engine:
                 elif slot in self.zeroed_parts:
                     parts.add((block, *self.zeroed_parts.pop(slot)))
                 zeroed.discard(block)
+            elif kind == log_format.LOST:
+                assert slot == 0
+                assert count == 1, "nothing else is published with a loss"
+                self.states["a loss is noted in the log"] += 1
+                self.tier.append(seq, word, slot)
+                return
             else:
                 assert kind in (log_format.ZERO, log_format.DISCARD)
                 assert slot == 0

@@ -9,7 +9,8 @@ Owns the staging slots, the objects being written and those written but not flus
 - staging slots are set apart at the start, so destaging never waits for what waits for destaging.
 Sources are clean slots in RAM, pinned meanwhile, and reads of the log; for what lies between two dirty runs, and for
 whole objects, one read of the backend as well: nobody else writes to it. What fails its checksum is not destaged, and
-holds the tail until the guest overwrites it. Which object is next is choose.py's business.
+the log says that it is lost (losses.py) before the object counts as clean. Which object is next is choose.py's
+business.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from vhostcache.log import format as fmt
 from vhostcache.log.choose import NOBODY, Chooser
 from vhostcache.log.depth import GENTLE_BLOCKS, GENTLE_WRITES, Modulator, ObjectsInFlight
 from vhostcache.log.index import LogIndex
+from vhostcache.log.losses import Losses
 from vhostcache.log.pace import RAMP_BEGIN, RAMP_END
 from vhostcache.log.writer import INTERNAL, LogWriter
 from vhostcache.map import CLEAN, ORPHAN, PINNED, Map
@@ -41,7 +43,7 @@ READS_AT_ONCE: Final = 128
 AGED_OBJECTS_MAX: Final = 2
 """Objects in flight only because they are old: nobody waits for them, and the guest may be busy."""
 HELD_RETRY_NS: Final = 10_000_000_000
-"""An object with rotten blocks is looked at again so much later."""
+"""An object with blocks that can't be read is looked at again so much later."""
 WRITING_NS: Final = 1_000_000_000
 """A log whose head has not moved for so long has nobody who waits for its room."""
 REMOTE_NS: Final = 500_000
@@ -102,6 +104,7 @@ class LogDestage:
         "span",
         "span_slots",
         "staged",
+        "unreadable",
         "zeroes",
     )
 
@@ -137,8 +140,10 @@ class LogDestage:
         """When the writes in flight were given to the engine."""
         self.resting_ns = 0
         """Before this it writes nothing more."""
-        self.rotten = False
-        """Blocks that are rotten or can't be read were left out: the object does not become clean."""
+        self.rotten: list[tuple[int, int]] = []
+        """Blocks that were left out, and where they have rotted: the log has to say so."""
+        self.unreadable = False
+        """Blocks that can't be read were left out: the object does not become clean."""
         self.again = False
         """Something has failed meanwhile: all of it has to be done again."""
 
@@ -206,6 +211,7 @@ class LogDestager:
         io: BackendIo,
         index: LogIndex,
         writer: LogWriter,
+        losses: Losses,
         settings: LogDestageSettings,
         size_bytes: int,
         notices: list[tuple[str, dict[str, object]]],
@@ -215,6 +221,7 @@ class LogDestager:
         self._io = io
         self._index = index
         self._writer = writer
+        self._losses = losses
         self.settings = settings
         self.size_bytes = size_bytes
         """Of the disk: the last block may be a part of one."""
@@ -232,9 +239,7 @@ class LogDestager:
         self._flushed: list[LogDestage] = []
         """Flushed, but a newer version of something is not durable yet."""
         self._held: dict[int, int] = {}
-        """Objects with rotten blocks -> when to look again."""
-        self.rotten: dict[int, int] = {}
-        """Block -> the log address at which it fails its checksum."""
+        """Objects with blocks that can't be read -> when to look again."""
         self.draining = False
         self.stopped = False
         """Nothing new is started."""
@@ -297,6 +302,8 @@ class LogDestager:
         self._in_turn = True
         deadline_ns = self._schedule(now_ns)
         self._in_turn = False
+        if any(destage.rotten for destage in self._flushed):
+            deadline_ns = min(deadline_ns, now_ns + RETRY_FIRST_NS)  # there was no room to say so
         return deadline_ns
 
     def _schedule(self, now_ns: int) -> int:
@@ -404,7 +411,7 @@ class LogDestager:
     # --- one destage ---
 
     def _is_waiting(self, number: int) -> bool:
-        """Whether the object can't be destaged now: it is on its way, has failed just now, or has rotten blocks."""
+        """Whether the object can't be destaged now: it is on its way, or something of it has just failed."""
         if number in self.in_flight or self._held.get(number, 0) > self.now_ns:
             return True
         if self.trouble and self.trouble.waits(number, self.now_ns):
@@ -443,17 +450,13 @@ class LogDestager:
 
     def _choose_source(self, destage: LogDestage, block: int, value: int, fetch: list[tuple[int, int]]) -> None:
         slot = self._map.where.get(block)
-        if self.rotten and self.rotten.get(block, value >> 1) != value >> 1:
-            del self.rotten[block]  # it has been overwritten since
         if slot is not None and self._map.state[slot] not in (CLEAN, PINNED):
             destage.need_seq = self._writer.accepted_seq  # a newer version is on its way into the log
         elif value & 1:
             destage.zeroes.append(block)
         elif slot is not None and self._map.state[slot] == CLEAN:
             self._pin(destage, block, slot)
-        elif block in self.rotten:
-            destage.rotten = True
-        else:
+        elif not (self._index.lost and self._index.is_lost(block)):
             fetch.append((block, value >> 1))
 
     def _pin(self, destage: LogDestage, block: int, slot: int) -> None:
@@ -524,7 +527,7 @@ class LogDestager:
                 found.append((block, ZERO_SLOT))
             else:
                 value = lookup(block)
-                if not value or value >> 1 >= destage.address or block in self.rotten:
+                if not value or value >> 1 >= destage.address or block in self._index.lost:
                     return False
                 if value & 1:
                     found.append((block, ZERO_SLOT))
@@ -635,12 +638,12 @@ class LogDestager:
             destage.later.append((read.addresses[half:], read.blocks[half:], read.slots[half:]))
             destage.later.append((read.addresses[:half], read.blocks[:half], read.slots[:half]))
         elif result == -EBADMSG:
-            destage.rotten = True
-            self.rotten[read.blocks[0]] = read.addresses[0]
+            if not self._index.is_clean(read.blocks[0], read.addresses[0]):
+                destage.rotten.append((read.blocks[0], read.addresses[0]))
             self.notices.append(("log-corrupt", {"offset": read.blocks[0] * op.BLOCK_BYTES}))
         else:
             # Not a reason to keep writes waiting: a bad sector stays bad.
-            destage.rotten = True
+            destage.unreadable = True
             self._writer.counters["log_failures"] += 1
             self.notices.append(("log-unreadable", {"operation": "destage", "errno": -result}))
         if result:
@@ -768,16 +771,30 @@ class LogDestager:
     def _finish(self, destages: list[LogDestage]) -> None:
         waiting = []
         for destage in destages:
-            if destage.need_seq > self._writer.durable_seq:
-                waiting.append(destage)
-            elif destage.rotten or destage.again:
+            if destage.rotten and not destage.again:
+                self._record_losses(destage)
+            if destage.again:
                 self._index.restore(destage.number, self.now_ns)
-                if destage.rotten:
-                    self._held[destage.number] = self.now_ns + HELD_RETRY_NS
+            elif destage.need_seq > self._writer.durable_seq or destage.rotten:
+                waiting.append(destage)
+            elif destage.unreadable:
+                self._index.restore(destage.number, self.now_ns)
+                self._held[destage.number] = self.now_ns + HELD_RETRY_NS
             else:
                 self._held.pop(destage.number, None)
                 self._index.destaged(destage.number, destage.address)
         self._flushed = waiting
+
+    def _record_losses(self, destage: LogDestage) -> None:
+        """As many as there is room for."""
+        while destage.rotten:
+            seq = self._losses.record(*destage.rotten[-1])
+            if seq is None:
+                return
+            if seq == 0:
+                destage.again = True
+            destage.need_seq = max(destage.need_seq, seq)
+            destage.rotten.pop()
 
 
 def _runs(blocks: list[int], most: int) -> list[tuple[int, int]]:

@@ -29,10 +29,12 @@ RING_MIN_BLOCKS: Final = 4 * RECORD_MAX_BLOCKS
 """Below this, a pad and one large record would be most of the ring."""
 
 # Kinds of extents. Zero and discard extents read as zeroes; a zero extent stays allocated, a discard may be unmapped.
+# What is lost can't be read: the log had it, and it has rotted.
 DATA: Final = 0
 ZERO: Final = 1
 DISCARD: Final = 2
 PAD: Final = 3
+LOST: Final = 4
 
 FLAG_PAD: Final = 1
 
@@ -224,7 +226,7 @@ def _consistent(header: RecordHeader) -> bool:
     for word in header.extents:
         count = word >> 40 & _COUNT_MASK
         kind = word >> 60
-        if count == 0 or kind > PAD or (kind == PAD) != header.is_pad:
+        if count == 0 or kind > LOST or (kind == PAD) != header.is_pad:
             return False
         if kind == DATA:
             data_blocks += count

@@ -57,6 +57,7 @@ class LogIndex:
         "_zero_newest",
         "dirty",
         "filled",
+        "lost",
         "queue",
         "since_ns",
         "tail",
@@ -81,6 +82,8 @@ class LogIndex:
         """Objects in `dirty` whose destage has failed -> first dirty address, out of the order."""
         self._in_flight: dict[int, int] = {}
         """Object that is being destaged -> its first dirty address."""
+        self.lost: dict[int, int] = {}
+        """Block that is lost -> the newest extent that says so. They ascend; some may have been overwritten since."""
         self._dirty_pages: dict[int, array[int]] = {}
         """Of dirty objects, the pages that are arrays (some may be missing): what is written again and again."""
         self._zero_newest = 0
@@ -200,6 +203,39 @@ class LogIndex:
             self._entry(number)
             self._touch(number, address, now_ns)
 
+    def lose(self, first: int, end: int, address: int) -> None:
+        """Of these blocks what is older than `address` is lost, and a durable record there says so. Its header's
+        address is their value: who reads there finds that it fails its checksum."""
+        shift, mask = self._shift, self._mask
+        value = address << 1
+        for block in range(first, end):
+            entry = self._entry(block >> shift)
+            offset = block & mask
+            old = entry.few.get(offset, 0) if entry.page is None else entry.page[offset]
+            if max(old, entry.zero) < value:
+                self._put(block >> shift, offset, value)
+                entry.newest = max(entry.newest, value)
+                self.lost.pop(block, None)
+                self.lost[block] = address
+
+    def is_clean(self, block: int, address: int) -> bool:
+        """Whether the backend has what the block was at this address."""
+        return address < self._objects[block >> self._shift].destaged
+
+    def is_lost(self, block: int) -> bool:
+        """Whether the block has not been overwritten since it was lost."""
+        address = self.lost.get(block)
+        return address is not None and self.lookup(block) == address << 1
+
+    def forget_overwritten(self, durable: int) -> None:
+        """The oldest losses, if their blocks have newer content below the address `durable`."""
+        while self.lost:
+            block, address = next(iter(self.lost.items()))
+            value = self.lookup(block)
+            if value == address << 1 or value >> 1 >= durable:
+                return
+            del self.lost[block]
+
     def recover(self, blocks: Sequence[int], address: int) -> None:
         """`add` for a record that recovery has found: what lies below the clean address is clean."""
         old = min(max(self._clean - address, 0), len(blocks))
@@ -212,6 +248,11 @@ class LogIndex:
         self.zero(first, end, address)
         if address >= self._clean:
             self.zero_durable(first, end, address, 0)
+
+    def recover_loss(self, first: int, end: int, address: int) -> None:
+        """The same for what is lost. Below the clean address it has been overwritten, or lost once more."""
+        if address >= self._clean:
+            self.lose(first, end, address)
 
     # --- destaging ---
 
@@ -281,7 +322,7 @@ class LogIndex:
         self.dirty.move_to_end(number, last=False)
 
     def clean_below(self, durable: int) -> int:
-        """The address below which everything is on the backend; `durable` if nothing is dirty."""
+        """The address below which everything is on the backend; `durable` if nothing is dirty or lost."""
         oldest = durable
         if self.dirty:
             # Restored objects stand first, out of order; behind them the order holds.
@@ -289,6 +330,8 @@ class LogIndex:
                 oldest = min(oldest, self.dirty[number])
                 if number not in self._restored:
                     break
+        if self.lost:
+            oldest = min(oldest, next(iter(self.lost.values())))
         return min((oldest, *self._restored.values(), *self._in_flight.values()))
 
     # --- memory ---

@@ -16,13 +16,13 @@ from typing import Any, Final, NamedTuple, Protocol
 from crc32c import crc32c
 
 from vhostcache.errors import CacheCorruptError
-from vhostcache.log.format import DATA, DISCARD, PAD, ZERO, offset_bytes, split_extent
+from vhostcache.log.format import DATA, DISCARD, LOST, PAD, ZERO, offset_bytes, split_extent
 from vhostcache.log.superblock import Superblock
 from vhostcache.log.walk import BlockReader, Disk, Progress, RecordFacts
 from vhostcache.operations import BLOCK_BYTES
 
 OBJECT_BYTES: Final = 4 << 20
-_KINDS: Final = {DATA: "data", ZERO: "zero", DISCARD: "discard", PAD: "pad"}
+_KINDS: Final = {DATA: "data", ZERO: "zero", DISCARD: "discard", PAD: "pad", LOST: "lost"}
 
 
 class Image(Protocol):
@@ -50,6 +50,7 @@ class DirtyObject(NamedTuple):
     number: int
     data_blocks: int
     zero_blocks: int
+    lost_blocks: int
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,19 @@ class DirtyMap:
         for number in self._extents:
             runs = self.runs(number)
             data = sum(run.count for run in runs if run.kind == DATA)
-            found.append(DirtyObject(number, data, sum(run.count for run in runs) - data))
+            lost = sum(run.count for run in runs if run.kind == LOST)
+            found.append(DirtyObject(number, data, sum(run.count for run in runs) - data - lost, lost))
         return sorted(found, key=lambda one: (-one.data_blocks, -one.zero_blocks, one.number))
+
+    def lost(self) -> list[CorruptRange]:
+        """What a daemon has found rotten, and nobody has overwritten since."""
+        found: list[CorruptRange] = []
+        for number in self.objects:
+            for run in self.runs(number):
+                if run.kind == LOST:
+                    for block in range(run.block, run.block + run.count):
+                        _add_corrupt(found, block, 0)
+        return found
 
 
 class PayloadReader:
@@ -210,6 +222,10 @@ def drain(
     objects = dirty.objects
     for done, number in enumerate(objects):
         for run in dirty.runs(number):
+            if run.kind == LOST:
+                for block in range(run.block, run.block + run.count):
+                    _add_corrupt(corrupt, block, 0)
+                continue
             written += run.count
             if run.kind == DATA:
                 _drain_data(reader, run, image, corrupt)

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from crc32c import crc32c
 
-from vhostcache.log.format import BLOCK_LIMIT, DATA, DISCARD, split_extent
+from vhostcache.log.format import BLOCK_LIMIT, DATA, LOST, PAD, split_extent
 from vhostcache.operations import BLOCK_BYTES
 
 MAGIC: Final = b"vhctier\xe9"
@@ -148,7 +148,8 @@ def _read_entries(view: memoryview, layout: TierLayout, head: int, tail: int) ->
         entry = TierEntry(*_ENTRY.unpack_from(view, entry_offset_bytes(layout, index)))
         block, count, kind = split_extent(entry.extent)
         misplaced = kind == DATA and (count != 1 or entry.slot >= layout.slots)
-        if misplaced or kind > DISCARD or count == 0 or block + count > BLOCK_LIMIT or entry.seq == 0:
+        unknown = kind == PAD or kind > LOST
+        if misplaced or unknown or count == 0 or block + count > BLOCK_LIMIT or entry.seq == 0:
             return (), f"entry {index} names record {entry.seq}, extent {entry.extent:#x}, slot {entry.slot}"
         entries.append(entry)
     return tuple(entries), ""

@@ -27,6 +27,8 @@ from vhostcache.readcache import ReadCache
 EIO: Final = 5
 ZEROES_MAX: Final = 64
 """Extents of zeroes in a record: with 256 data extents and as many checksums they fit one header block."""
+RESERVE_MAX_BLOCKS: Final = 64
+"""Of the ring, for records of what is lost: see losses.py."""
 INTERNAL: Final = -1
 GROUPS_LEFT: Final = 32
 """No record is begun with fewer groups left: the open one, flushes, superblocks and destages need theirs."""
@@ -181,6 +183,7 @@ class LogWriter:
         """Blocks, padding included, of a record that did not find room in the ring."""
         self.records_made: deque[tuple[int, int]] = deque()
         """(address, seq) of records in the ring, for the tail: not of each, so that small ones take no memory."""
+        self._reserve = max(2, min(ring_blocks // 64, RESERVE_MAX_BLOCKS))
         self._mark_blocks = max(1, min(record_blocks, ring_blocks // 64))
         self.now_ns = 0
         self.counters = {
@@ -194,9 +197,10 @@ class LogWriter:
 
     # --- putting something into the open record ---
 
-    def take_room(self, blocks: int, zeroes: int, entries: int) -> bool:
+    def take_room(self, blocks: int, zeroes: int, entries: int, urgent: bool = False) -> bool:
         """See to it that the open record can take a request of so many payload blocks and extents of zeroes, all of it.
-        False: it has to wait; whatever can be done about it has been begun."""
+        False: it has to wait; whatever can be done about it has been begun. `urgent`: without payload, and the log may
+        be full because this is not in it."""
         if self.blocked or not self.entries_left(entries):
             return False
         record = self.open
@@ -211,7 +215,13 @@ class LogWriter:
             self.seal()
             if self.open is not None:  # empty, and of another size than is wanted
                 self._give_up_open()
-        return self._open(max(blocks, self.record_blocks))
+        if self._open(max(blocks, self.record_blocks), self._reserve):
+            return True
+        space_wanted = self.space_wanted  # what others wait for
+        if not (urgent and self._open(0, 0)):
+            return False
+        self.space_wanted = space_wanted
+        return True
 
     def room_for_blocks(self) -> int:
         """How many writes of one block the open record takes, whatever they overwrite; 0: they have to wait."""
@@ -266,14 +276,15 @@ class LogWriter:
             block_map.state[slot] = ORPHAN
         return slots
 
-    def _open(self, limit: int) -> bool:
+    def _open(self, limit: int, reserve: int) -> bool:
         if self._io.available() < GROUPS_LEFT:
             return False  # the device is behind: records in flight have to end first
         header_blocks = 1 if limit <= self.record_blocks else -(-(fmt.HEADER_BYTES + 8 + 4 * limit) // op.BLOCK_BYTES)
         left = self.ring_blocks - self.head % self.ring_blocks
         padding = left if left < header_blocks + limit else 0
-        if self.head + padding + header_blocks + limit > self.limit():
-            self.space_wanted = padding + header_blocks + limit
+        wanted = padding + header_blocks + limit + reserve
+        if self.head + wanted > self.limit():
+            self.space_wanted = wanted
             return False
         headers = self._take_header(header_blocks + (1 if padding else 0))
         if not headers:
@@ -506,7 +517,9 @@ class LogWriter:
             record = records.popleft()
             for word in record.zeroes:
                 block, count, kind = fmt.split_extent(word)
-                if kind != fmt.PAD:
+                if kind == fmt.LOST:
+                    index.lose(block, block + count, record.address)
+                elif kind != fmt.PAD:
                     index.zero_durable(block, block + count, record.address, self.now_ns)
             if record.blocks:
                 index.add(record.blocks, record.address + record.header_blocks, self.now_ns)

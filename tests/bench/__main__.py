@@ -21,10 +21,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench.backends import BackendBench
 from tests.bench.cases import COPY, FIO, FULL, MIB, OURS, PEER, QUICK, Bar, Case, Scale, Steady, log_cases, make_cases
 from tests.bench.load import bench, sequential_write
 from tests.bench.logs import Caches, Fact, LogBench
-from tests.bench.report import markdown, plot, put_between_marks
+from tests.bench.over_time import Timeline
+from tests.bench.report import markdown, plot, plot_over_time, put_between_marks
 from tests.bench.servers import CLIENT_CPU, ROOT, SERVER_CPU, VHOSTCACHE, BenchError, Running, Server, known_servers
 from tests.frontend import Frontend
 
@@ -47,6 +49,7 @@ class Results:
     memory_bytes: int = 0
     verified_bytes: dict[str, int] = field(default_factory=dict)
     facts: list[Fact] = field(default_factory=list)
+    over_time: Timeline | None = None
 
     def median(self, case: Case, server: str) -> float:
         return statistics.median(self.cases[case.name][server])
@@ -101,6 +104,8 @@ class Bench:
         self.servers = known_servers()
         self.results = Results(scale)
         self.logs = LogBench(scale, self.servers[OURS], image, folder, caches)
+        self.backends = BackendBench(scale, self.servers, image, folder, caches)
+        self.scenarios = {**self.logs.scenarios, **self.backends.scenarios}
 
     def start(self, server: Server, size: int, options: Sequence[str] = ()) -> Running:
         return Running(server, self.image, size, self.scale.ram, self.folder, options)
@@ -133,10 +138,11 @@ class Bench:
         )
 
     def run_scenario(self, name: str) -> None:
-        """One of those on a disk with a log."""
-        for fact in self.logs.scenarios[name]():
+        """One of those on a disk with a log, or on a slow backend behind one."""
+        for fact in self.scenarios[name]():
             self.results.facts.append(fact)
-            console.print(f"{fact.what}: {fact.found}")
+            console.print(f"{fact.what}: {fact.found}", soft_wrap=True)
+        self.results.over_time = self.backends.timeline
 
     def run_idle(self) -> None:
         """Processor time of a daemon that has worked: with a guest that is silent, and with none."""
@@ -252,6 +258,7 @@ def as_json(results: Results, verdicts: list[Verdict]) -> dict[str, Any]:
         "memory_bytes": results.memory_bytes,
         "verified_bytes": results.verified_bytes,
         "facts": [{"what": f.what, "value": f.value, "unit": f.unit, "found": f.found} for f in results.facts],
+        "over_time": asdict(results.over_time) if results.over_time else None,
         "verdicts": [vars(v) for v in verdicts],
     }
 
@@ -279,7 +286,7 @@ def run(arguments: argparse.Namespace) -> int:
         bench_run.run_verification()
         for case in cases:
             bench_run.run_case(case)
-        for name in bench_run.logs.scenarios:
+        for name in bench_run.scenarios:
             if not arguments.only or arguments.only in name:
                 bench_run.run_scenario(name)
         caches.remove()
@@ -293,6 +300,8 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(f"results: {output}")
     if arguments.docs:
         plot(data, ROOT / "docs" / "performance.svg")
+        if data["over_time"]:
+            plot_over_time(data["over_time"], ROOT / "docs" / "over-time.svg")
         put_between_marks(ROOT / "docs" / "performance.md", markdown(data))
         console.print("docs/performance.md and docs/performance.svg have these figures now")
     if arguments.strict and not all(v.cleared for v in verdicts):

@@ -29,6 +29,26 @@ class LogScale:
 
 
 @dataclass(frozen=True)
+class BackendScale:
+    """How large and how long, of what has a slow backend behind it."""
+
+    disk_bytes: int
+    log_bytes: int
+    flushed_s: float  # flushed random writes onto ours; the peer's figure is steady from the beginning
+    peer_s: float
+    merged_bytes: int  # is written all over by random writes, so many times
+    merged_times: int
+    full_mib_per_s: int  # of the backend that is the bottleneck; the log is as large as the disk there
+    full_s: float
+    reads_s: float
+    converted_bytes: int
+    foreground_s: float
+    dirty_bytes: int  # is drained meanwhile, with so much bandwidth
+    drain_mib_per_s: int
+    phase_s: float  # of each phase of the plot over time
+
+
+@dataclass(frozen=True)
 class Scale:
     """How large and how long. `image_bytes` exceeds `ram` many times over; `fits_bytes` fits it."""
 
@@ -40,6 +60,7 @@ class Scale:
     idle_s: float
     runs: int
     log: LogScale
+    backend: BackendScale
     depths: tuple[int, ...] = (32, 1)
     sequential_bytes: tuple[int, ...] = (64 * KIB, MIB)
 
@@ -69,6 +90,22 @@ FULL = Scale(
         dbench_with_log=True,
         dbench_delays_ms=(0, 2),
     ),
+    backend=BackendScale(
+        disk_bytes=GIB,
+        log_bytes=4 * GIB,
+        flushed_s=60,
+        peer_s=15,
+        merged_bytes=256 * MIB,
+        merged_times=16,
+        full_mib_per_s=64,
+        full_s=40,
+        reads_s=4,
+        converted_bytes=1000 * MIB,
+        foreground_s=10,
+        dirty_bytes=2 * GIB,
+        drain_mib_per_s=64,
+        phase_s=15,
+    ),
 )
 QUICK = Scale(
     96 * MIB,
@@ -94,6 +131,22 @@ QUICK = Scale(
         dbench_runs=1,
         dbench_with_log=False,
         dbench_delays_ms=(0,),
+    ),
+    backend=BackendScale(
+        disk_bytes=32 * MIB,
+        log_bytes=128 * MIB,
+        flushed_s=0.5,
+        peer_s=0.5,
+        merged_bytes=8 * MIB,
+        merged_times=16,
+        full_mib_per_s=64,
+        full_s=1,
+        reads_s=0.3,
+        converted_bytes=8 * MIB,
+        foreground_s=0.5,
+        dirty_bytes=48 * MIB,
+        drain_mib_per_s=8,
+        phase_s=1,
     ),
     depths=(32,),
     sequential_bytes=(MIB,),

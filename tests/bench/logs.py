@@ -59,7 +59,7 @@ class Fact:
     @property
     def found(self) -> str:
         number = f"{self.value:,.0f}" if self.value >= 100 else f"{self.value:.3g}"
-        return f"{number} {self.unit}" if self.unit else f"{self.value:.3f}"
+        return f"{number} {self.unit}" if self.unit else f"{self.value:.3f}".removesuffix(".000")
 
 
 class Caches:

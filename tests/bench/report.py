@@ -1,9 +1,19 @@
-"""The table and the plot of a result, for docs/performance.md."""
+"""The table and the plots of a result, for docs/performance.md.
 
+`python -m tests.bench.report RESULT.json` draws the plots of a result that is there, as far as it has what they show.
+"""
+
+import json
+import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
+from tests.bench.over_time import mib_per_s
+from tests.bench.servers import ROOT
+
+MIB = 1 << 20
 BEGIN, END = "<!-- figures: `make bench` writes from here -->", "<!-- to here -->"
 YES_NO = {True: "yes", False: "**no**"}
 COLOURS = {"vhostcache": "#0b7285", "qemu-storage-daemon": "#e8590c", "null --copy": "#adb5bd", "null": "#dee2e6"}
@@ -44,7 +54,7 @@ def markdown(data: dict[str, Any]) -> str:
             f"{latency['p50']:,.0f} / {latency['p99']:,.0f} |"
         )
     if data["facts"]:
-        lines += ["", "| with a log | measured |", "| --- | ---: |"]
+        lines += ["", "| with a log, and with NBD behind it | measured |", "| --- | ---: |"]
         lines += [f"| {fact['what']} | {fact['found']} |" for fact in data["facts"]]
     return "\n".join(lines)
 
@@ -58,14 +68,19 @@ def put_between_marks(page: Path, text: str) -> None:
     page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
-def plot(data: dict[str, Any], path: Path) -> None:
-    """Bars of each case, relative to qemu-storage-daemon."""
+def pyplot_of_matplotlib() -> Any:
     import matplotlib as mpl
 
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = "vhostcache"  # the same figures give the same file
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(data: dict[str, Any], path: Path) -> None:
+    """Bars of each case, relative to qemu-storage-daemon."""
+    pyplot = pyplot_of_matplotlib()
     cases = list(data["cases"])
     servers = ["vhostcache", "qemu-storage-daemon"]
     figure, axes = pyplot.subplots(figsize=(9, 0.36 * len(cases) + 1.2), layout="constrained")
@@ -91,3 +106,57 @@ def plot(data: dict[str, Any], path: Path) -> None:
         axes.spines[side].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def plot_over_time(found: dict[str, Any], path: Path) -> None:
+    """Throughput, latency and what is in the log, one above the other."""
+    pyplot = pyplot_of_matplotlib()
+    figure, (rate, latency, log) = pyplot.subplots(3, 1, figsize=(9, 6.5), sharex=True, layout="constrained")
+    ours, late = COLOURS["vhostcache"], COLOURS["qemu-storage-daemon"]
+    edges = [i["begin_s"] for i in found["load"]] + [found["load"][-1]["end_s"]]
+    rate.stairs([mib_per_s(i) for i in found["load"]], edges, color=ours)
+    rate.set_yscale("symlog", linthresh=1)
+    rate.set_ylim(bottom=0)
+    rate.set_ylabel("4 KiB writes, MiB/s", fontsize=8)
+    for kind, name, colour in (("write", "write", ours), ("sync", "flush", late)):
+        at = [i["end_s"] for i in found["load"]]
+        for key, style, what in (("50.000000", "-", "p50"), ("100.000000", ":", "longest")):
+            # Not a number: a gap in the line.
+            values = [i[kind]["lat_ns"][key] / 1e6 if kind in i else math.nan for i in found["load"]]
+            latency.plot(at, values, style, color=colour, linewidth=1, label=f"{name}, {what}")
+    latency.set_yscale("log")
+    latency.set_ylabel("latency, ms", fontsize=8)
+    latency.legend(fontsize=7, ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
+    at = [look["at_s"] for look in found["log"]]
+    log.fill_between(at, [look["dirty_bytes"] / MIB for look in found["log"]], color=ours, alpha=0.3, linewidth=0)
+    log.axhline(found["log_bytes"] / MIB, color="black", linewidth=0.8, linestyle="--")
+    log.set_ylim(bottom=0)
+    log.set_ylabel("not yet in the backend, MiB\n(dashed: the log's size)", fontsize=8)
+    log.set_xlabel("seconds", fontsize=8)
+    for axes in (rate, latency, log):
+        axes.axvspan(*found["gone_s"], color=COLOURS["null --copy"], alpha=0.35, linewidth=0)
+        axes.tick_params(labelsize=7)
+        for phase in found["phases"]:
+            axes.axvline(phase["begin_s"], color=COLOURS["null"], linewidth=0.8, zorder=0)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    top = rate.get_xaxis_transform()
+    for phase in found["phases"]:
+        rate.text(phase["begin_s"], 1.02, f" {phase['name']}", transform=top, fontsize=7)
+    rate.text(sum(found["gone_s"]) / 2, 0.9, "backend gone", transform=top, fontsize=7, ha="center", va="top")
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m tests.bench.report RESULT.json")
+    data = json.loads(Path(sys.argv[1]).read_text())
+    if data["cases"]:
+        plot(data, ROOT / "docs" / "performance.svg")
+    if data.get("over_time"):
+        plot_over_time(data["over_time"], ROOT / "docs" / "over-time.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from vhostcache.control import query
 
 SERVER_CPU = 0
 CLIENT_CPU = 1
@@ -36,7 +38,7 @@ class Server:
     arguments: tuple[str, ...]
     on_image: bool
 
-    def command(self, image: Path, sock: Path, size: int, ram: str) -> list[str]:
+    def command(self, image: Path | str, sock: Path, size: int, ram: str) -> list[str]:
         values = {"image": str(image), "socket": str(sock), "size": str(size), "ram": ram}
         return [argument.format(**values) for argument in self.arguments]
 
@@ -54,6 +56,7 @@ def known_servers() -> dict[str, Server]:
     if qsd is None:
         raise BenchError("qemu-storage-daemon is not installed (Debian: qemu-utils or qemu-system-x86)")
     null = null_backend()
+    export = f"vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={{socket}},writable=on,num-queues={QUEUES}"
     servers = [
         Server(
             "vhostcache",
@@ -67,8 +70,7 @@ def known_servers() -> dict[str, Server]:
             "qemu-storage-daemon",
             (
                 *(qsd, "--blockdev", "file,node-name=file,filename={image},cache.direct=on,aio=io_uring,discard=unmap"),
-                *("--blockdev", "raw,node-name=disk,file=file,discard=unmap", "--export"),
-                f"vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={{socket}},writable=on,num-queues={QUEUES}",
+                *("--blockdev", "raw,node-name=disk,file=file,discard=unmap", "--export", export),
             ),
             on_image=True,
         ),
@@ -82,11 +84,18 @@ def known_servers() -> dict[str, Server]:
     return {server.name: server for server in servers}
 
 
+def peer_on_nbd(peer: Server) -> Server:
+    """The same, with an NBD server's unix socket as its image."""
+    at = peer.arguments.index("--blockdev")
+    nbd = "nbd,node-name=file,server.type=unix,server.path={image},cache.direct=on,discard=unmap"
+    return replace(peer, arguments=(*peer.arguments[: at + 1], nbd, *peer.arguments[at + 2 :]))
+
+
 class Running:
     """A server that accepts connections."""
 
     def __init__(
-        self, server: Server, image: Path, size: int, ram: str, folder: Path, options: Sequence[str] = ()
+        self, server: Server, image: Path | str, size: int, ram: str, folder: Path, options: Sequence[str] = ()
     ) -> None:
         self.server = server
         self.socket = folder / f"{server.name.replace(' ', '')}.sock"
@@ -161,6 +170,12 @@ class Running:
         before = len(self.events("statistics"))
         self.process.send_signal(signal.SIGUSR1)
         return self.wait_for("statistics", before + 1)
+
+    def status(self) -> dict[str, Any]:
+        """Of its one volume, through the control socket."""
+        (found,) = query(f"{self.socket}.control", "status")["volumes"]
+        volume: dict[str, Any] = found
+        return volume
 
     # -- what it costs --
 

@@ -23,7 +23,7 @@ VIRTIO_ID_BLOCK = 2
 
 # On a busy machine user-mode-linux now and then loses its first process before that has run anything (ptrace cannot
 # read its registers). Nothing has used the disk then, so it is booted again.
-BOOTS = 3
+BOOTS = 10
 _BEGIN, _END = "@@ begins", "@@ ended with"
 
 # Nothing of the host's tree may be covered by a mount: it holds the scripts that run here.

@@ -85,15 +85,32 @@ def claim_without_cache(backend: Backend, discard: bool, tell: Tell) -> None:
         backend.write_mark(None)
 
 
-def prepare_cache(config: VolumeConfig) -> None:
+def prepare_cache(config: VolumeConfig, tell: Tell) -> None:
     """Of a volume that comes later: what takes long, and what can be refused. A cache file that is not there yet is
-    allocated; one that is there may be in use."""
+    made; one that is there may be in use."""
     path = config.cache.path
     if path is None or os.path.lexists(path):
         return
     if config.cache.size is None:
         raise UsageError(cache_subject(path), "does not exist, or is empty", "--cache-size, to make it")
-    CacheFile.create(path, config.cache.size).close()
+    with CacheFile.create(path, config.cache.size) as file:
+        _prewrite(file, tell)
+
+
+def _prewrite(file: CacheFile, tell: Tell) -> None:
+    """A new one, all of it, unless that takes too long."""
+    told_s = time.monotonic()
+
+    def progress(done_bytes: int, of_bytes: int) -> None:
+        nonlocal told_s
+        if time.monotonic() - told_s >= _PROGRESS_S:
+            told_s = time.monotonic()
+            tell("info", "making-cache", {"cache": file.path, "bytes": done_bytes, "of_bytes": of_bytes})
+
+    left_bytes = file.prewrite(_PREWRITE_S, progress)
+    if left_bytes:
+        fields = {"cache": file.path, "bytes": left_bytes, "reason": f"it would take more than {_PREWRITE_S:.0f} s"}
+        tell("info", "cache-not-prewritten", fields)
 
 
 class CacheClaim:
@@ -233,6 +250,7 @@ class CacheClaim:
         if self.file is None:
             self.file = CacheFile.create(self.path, self._new_size_bytes())
             self._made_file = True
+            _prewrite(self.file, self._tell)
             for warning in self.file.warnings:
                 self._tell("warning", warning.event, warning.fields)
         elif self.file.is_sparse:
@@ -243,27 +261,12 @@ class CacheClaim:
         assert self.file is not None
         if self.file.size_bytes < self._new_size_bytes():
             self.file.allocate(self._new_size_bytes())
-        self._prewrite()
+            _prewrite(self.file, self._tell)
         new = uuid.uuid4().bytes
         block = recovery.create(self.file, new, identity.backend_facts(image_of(self._backend), None))
         state = superblock.WRITE_CACHE_ON if self._config.cache_mode.writeback else superblock.WRITE_CACHE_OFF
         self._write_superblocks(dataclasses.replace(block, write_cache=state, generation=block.generation + 1))
         self._mark(Mark(new, block.epoch, dirty=False))
-
-    def _prewrite(self) -> None:
-        assert self.file is not None
-        told_s = time.monotonic()
-
-        def progress(done_bytes: int, of_bytes: int) -> None:
-            nonlocal told_s
-            if time.monotonic() - told_s >= _PROGRESS_S:
-                told_s = time.monotonic()
-                self._tell("info", "making-cache", {"cache": self.path, "bytes": done_bytes, "of_bytes": of_bytes})
-
-        left_bytes = self.file.prewrite(_PREWRITE_S, progress)
-        if left_bytes:
-            fields = {"cache": self.path, "bytes": left_bytes, "reason": f"it would take more than {_PREWRITE_S:.0f} s"}
-            self._tell("info", "cache-not-prewritten", fields)
 
     def _discard_if_refused(self, boot: bytes) -> None:
         assert self.file is not None

@@ -253,14 +253,15 @@ class Daemon:
         self, volume: VolumeConfig, backend: Backend, stack: contextlib.ExitStack, waits: bool = True
     ) -> CacheClaim | None:
         discard = volume.name in self._discard_dirty_data and waits
-        if volume.incoming and waits:
-            prepare_cache(volume)
-            return None
 
         def tell(level: str, event: str, fields: dict[str, Any]) -> None:
             getattr(self._log, level)(event, volume=volume.name, **fields)
-            if event == "recovering":
+            if event in ("recovering", "making-cache"):
                 _notify_supervisor(f"EXTEND_TIMEOUT_USEC={30 * 10**6}")
+
+        if volume.incoming and waits:
+            prepare_cache(volume, tell)
+            return None
 
         if volume.cache.path is None:
             claim_without_cache(backend, discard, tell)

@@ -117,9 +117,16 @@ class CacheClaim:
     """A volume's cache file, claimed. Then `open`, and at the end `close`."""
 
     def __init__(
-        self, config: VolumeConfig, backend: Backend, discard: bool, tell: Tell, lock_wait_s: float = LOCK_WAIT_S
+        self,
+        config: VolumeConfig,
+        backend: Backend,
+        discard: bool,
+        tell: Tell,
+        lock_wait_s: float = LOCK_WAIT_S,
+        handed_over: bool = False,
     ) -> None:
-        """CacheError, UsageError: nothing has been changed, and nothing is left open."""
+        """CacheError, UsageError: nothing has been changed, and nothing is left open. `handed_over`: another daemon has
+        had the image, or may have."""
         assert config.cache.path is not None
         self.path = config.cache.path
         self._config = config
@@ -127,6 +134,7 @@ class CacheClaim:
         self._discard = discard
         self._tell = tell
         self._lock_wait_s = lock_wait_s
+        self._handed_over = handed_over
         self._folder: TierFolder | None = None
         self._made_file = False
         self._marked_by_us = False
@@ -166,7 +174,10 @@ class CacheClaim:
                     raise identity.no_cache_file(self.path)
                 return Judgement(Action.USE)  # recovery has more to say
             self._refuse_another_size(found)
-            return identity.with_cache(image, self.path, found)
+            judgement = identity.with_cache(image, self.path, found)
+            if self._handed_over and judgement.action is Action.USE:
+                return identity.after_others(image, found)
+            return judgement
         except RefusedError as refusal:
             if not self._discard or not refusal.discardable:
                 raise

@@ -266,7 +266,8 @@ class Daemon:
         if volume.cache.path is None:
             claim_without_cache(backend, discard, tell)
             return None
-        claim = CacheClaim(volume, backend, discard, tell, CACHE_LOCK_WAIT_S if waits else 0.0)
+        wait_s = CACHE_LOCK_WAIT_S if waits else 0.0
+        claim = CacheClaim(volume, backend, discard, tell, wait_s, handed_over=not waits)
         stack.callback(claim.close)
         return claim
 

@@ -108,6 +108,13 @@ def with_cache(image: Image, path: str, superblock: Superblock) -> Judgement:
     )
 
 
+def after_others(image: Image, superblock: Superblock) -> Judgement:
+    """Of a cache that could be used, but for another daemon that may have had the image since: only a mark can tell."""
+    if image.can_be_marked or may_be_dirty(superblock):
+        return Judgement(Action.USE)
+    return Judgement(Action.COLD, f"nothing tells whether {image.subject} has been in other hands since")
+
+
 def may_be_dirty(superblock: Superblock) -> bool:
     """Whether the log may hold what the image does not have."""
     return not (superblock.clean and superblock.clean_address >= superblock.durable_address)

@@ -2,6 +2,7 @@
 QMP, and by shell commands over its second serial console (tests/guest/init is the other end there).
 """
 
+import contextlib
 import shlex
 import socket
 import subprocess
@@ -368,7 +369,8 @@ class Guest:
     def _forget(self) -> None:
         self._process = None
         self.console.close()
-        self.qmp.close()
+        with contextlib.suppress(EOFError):  # it has ended by itself
+            self.qmp.close()
 
     def _log_tails(self) -> str:
         tails = []

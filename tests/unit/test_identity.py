@@ -71,6 +71,13 @@ def test_where_there_are_no_marks_the_path_decides() -> None:
     assert "belongs to another image" in refused(moved, DIRTY, discardable=False)
 
 
+def test_where_there_are_no_marks_a_cache_that_has_nothing_of_its_own_is_not_believed_after_a_hand_over() -> None:
+    device = replace(PLAIN, can_be_marked=False)
+    assert identity.after_others(device, CLEAN).action is Action.COLD
+    assert identity.after_others(device, CRASHED).action is Action.USE
+    assert identity.after_others(CLEAN_MARK, CLEAN).action is Action.USE
+
+
 def test_recovery_is_told_that_a_marked_image_is_the_one_it_knows() -> None:
     moved = replace(MARKED, stamp=Stamp(b"another path", 1000))
     assert identity.backend_facts(moved, CLEAN).identity == CLEAN.backend_identity

@@ -135,6 +135,8 @@ class Served:
     @property
     def drains(self) -> bool:
         """At the end everything goes to the image. With a cache file it may as well stay there."""
+        if self.is_away:
+            return False
         return self.claim is None or (self.config.cache.drain_on_exit and not self.failed)
 
 

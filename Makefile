@@ -22,10 +22,11 @@ GUEST_PACKAGES := qemu-system-x86 qemu-utils busybox-static e2fsprogs xfsprogs f
 TEST_PACKAGES := cryptsetup-bin nbdkit openssl user-mode-linux dbench util-linux libvirt-daemon-system libvirt-clients libxml2-utils systemd clang-14 libclang-rt-14-dev valgrind
 LINT_PACKAGES := clang-14 shellcheck libxml2-utils libvirt-clients
 
-# How long `make soak` works at each of its parts, how often it kills the daemon in each of avocado/kills.py, and how long `make fuzz`
-# works at each target.
+# How long `make soak` works at each of its parts, how often it kills the daemon in each of avocado/kills.py, how long storage is gone in
+# avocado/backends.py, and how long `make fuzz` works at each target.
 SOAK_SECONDS ?= 600
 SOAK_KILLS ?= 100
+SOAK_OUTAGE_SECONDS ?= 600
 SOAK_SEEDS ?= 1000000
 FUZZ_SECONDS ?= 20
 
@@ -113,6 +114,7 @@ soak: setup-test ## the simulator with SOAK_SEEDS seeds, the random tests and fu
 	@SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/pytest tests
 	@KILLS=$(SOAK_KILLS) $(BIN)/avocado --show app,avocado.test.progress run --max-parallel-tasks=1 \
 		--job-results-dir .cache/avocado avocado/kills.py
+	@OUTAGE_S=$(SOAK_OUTAGE_SECONDS) $(BIN)/avocado run --max-parallel-tasks=1 --job-results-dir .cache/avocado avocado/backends.py
 	@scripts/sanitize
 	@FUZZ_SECONDS=$(SOAK_SECONDS) scripts/fuzz
 

@@ -158,7 +158,7 @@ class LogVolume(GuestRequests):
                 elif kind == fmt.LOST:
                     index.recover_loss(block, block + count, record.address)
                 elif kind != fmt.PAD:
-                    index.recover_zero(block, block + count, record.address)
+                    index.recover_zero(block, block + count, record.address, kind == fmt.ZERO)
             index.recover(blocks, record.address + record.header_blocks)
 
     def _recall_write_cache(self, state: int) -> None:
@@ -625,8 +625,19 @@ class LogVolume(GuestRequests):
         changed = [part[0] for part in parts]
         writer = self._writer
         record = writer.open
-        if first < end and record is not None and any(first <= block < end for block in record.slots):
-            writer.seal()  # the extent has its header's address, which is older than that of any payload in the record
+        kind = fmt.ZERO if what & op.REQUEST_KIND_MASK == op.REQUEST_ZERO else fmt.DISCARD
+        other = fmt.ZERO + fmt.DISCARD - kind
+        if (
+            first < end
+            and record is not None
+            and (
+                # The extent has its header's address, which is older than that of any payload in the record ...
+                any(first <= block < end for block in record.slots)
+                # ... and says of which kind it is.
+                or any(word >> 60 == other for word in record.zeroes)
+            )
+        ):
+            writer.seal()
         if not writer.take_room(len(parts), 1, len(parts) + 1):
             self._wait(request)
             return False
@@ -642,7 +653,6 @@ class LogVolume(GuestRequests):
             self._let_go()
         entries: list[int] = []
         if first < end:
-            kind = fmt.ZERO if what & op.REQUEST_KIND_MASK == op.REQUEST_ZERO else fmt.DISCARD
             entries += (self._zero_run(first, end, kind), 0)
         for (block, at, count), slot in zip(parts, slots, strict=True):
             self._copy_base(block, slot)
@@ -665,7 +675,7 @@ class LogVolume(GuestRequests):
         for block in cached:
             self._replace(block)
         self._fills.poison_range(first, end)
-        self._index.zero(first, end, record.address)
+        self._index.zero(first, end, record.address, kind == fmt.ZERO)
         word = fmt.extent(first, end - first, kind)
         record.zeroes.append(word)
         return word

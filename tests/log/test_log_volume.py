@@ -67,6 +67,8 @@ class Bench:
         """Tag -> status."""
         self.seen: list[int] = []
         """Codes of operations."""
+        self.zeroes: list[tuple[int, int, bool]] = []
+        """On the backend: offset, bytes, whether they may be unmapped."""
         self.superblocks: list[int] = []
         """Offsets at which they were written."""
         self.tag = 0
@@ -96,6 +98,8 @@ class Bench:
             elif code == op.PUBLISH:
                 words += [next(stream) for _ in range(2 * argument)]
             self.seen.append(code)
+            if code == op.ZERO:
+                self.zeroes.append((words[1], words[2], bool(argument)))
             if code == op.SUPERBLOCK:
                 self.superblocks.append(words[1])
             if code in _BEGIN_IO or (code in (op.READ_DIRECT, op.LOG_READ_DIRECT) and not argument):
@@ -150,6 +154,21 @@ def test_zeroes_do_not_overfill_the_header_of_a_large_record() -> None:
     for block in range(2000, 2200, 2):
         bench.ask(op.REQUEST_ZERO, block, 1)
     bench.flush()
+
+
+def test_zeroes_that_are_to_stay_allocated_are_destaged_as_such() -> None:
+    bench = Bench(destage=True)
+    bench.ask(op.REQUEST_DISCARD, 8, 4)
+    bench.ask(op.REQUEST_ZERO, 12, 4)
+    bench.ask(op.REQUEST_ZERO_UNMAP, 16, 4)
+    bench.ask(op.REQUEST_ZERO, 18, 8)
+    bench.ask(op.REQUEST_DISCARD, 20, 1)
+    bench.flush()
+    bench.volume.drain()
+    bench.turn()
+    bench.settle()
+    wanted = [(8, 4, True), (12, 4, False), (16, 2, True), (18, 2, False), (20, 1, True), (21, 5, False)]
+    assert sorted(bench.zeroes) == [(4096 * at, 4096 * count, unmap) for at, count, unmap in wanted]
 
 
 def test_what_is_overwritten_again_and_again_takes_no_more_memory() -> None:

@@ -91,6 +91,7 @@ class LogDestage:
         "blocks",
         "bridged",
         "count",
+        "kept",
         "later",
         "need_seq",
         "number",
@@ -118,7 +119,8 @@ class LogDestage:
         self.blocks: list[int] = []
         self.slots: list[int] = []
         self.zeroes: list[int] = []
-        """Blocks that are zero, in ascending order."""
+        """Blocks that are zero, in ascending order; and those of them that are to stay allocated."""
+        self.kept: set[int] = set()
         self.pinned: list[int] = []
         self.staged: list[int] = []
         self.reading: list[int] = []
@@ -130,8 +132,9 @@ class LogDestage:
         self.span_slots: list[int] = []
         self.bridged = 0
         """Blocks that are clean, and written for the sake of their neighbours."""
-        self.pieces: list[tuple[int, int, list[int]]] = []
-        """Writes to come, the last first: block, blocks, slots; without slots: zeroes."""
+        self.pieces: list[tuple[int, int, list[int], bool]] = []
+        """Writes to come, the last first: block, blocks, slots; without slots zeroes, and whether they may be unmapped.
+        """
         self.count = 0
         """Writes made."""
         self.small = 0
@@ -454,6 +457,8 @@ class LogDestager:
             destage.need_seq = self._writer.accepted_seq  # a newer version is on its way into the log
         elif value & 1:
             destage.zeroes.append(block)
+            if value >> 1 in self._index.kept:
+                destage.kept.add(block)
         elif slot is not None and self._map.state[slot] == CLEAN:
             self._pin(destage, block, slot)
         elif not (self._index.lost and self._index.is_lost(block)):
@@ -684,9 +689,11 @@ class LogDestager:
         most = self.settings.max_blocks or len(blocks) + len(destage.zeroes)
         if self._modulator.gentle:
             most = min(most, GENTLE_BLOCKS)
-        pieces = [(blocks[start], end - start, slots[start:end]) for start, end in _runs(blocks, most)]
-        zeroes = destage.zeroes
-        pieces += [(zeroes[start], end - start, []) for start, end in _runs(zeroes, len(zeroes))]
+        pieces = [(blocks[start], end - start, slots[start:end], False) for start, end in _runs(blocks, most)]
+        kept = destage.kept
+        for may_unmap in (True, False) if kept else (True,):
+            zeroes = [block for block in destage.zeroes if (block in kept) != may_unmap] if kept else destage.zeroes
+            pieces += [(zeroes[start], end - start, [], may_unmap) for start, end in _runs(zeroes, len(zeroes))]
         pieces.reverse()
         destage.pieces = pieces
         self._write_some(destage)
@@ -705,14 +712,14 @@ class LogDestager:
         else:
             self._begun.append(destage)
         largest = 0
-        for first, count, slots in reversed(pieces):
+        for first, count, slots, may_unmap in reversed(pieces):
             offset = first * op.BLOCK_BYTES
             size = min(count * op.BLOCK_BYTES, self.size_bytes - offset)
             if slots:
                 self._io.write(group, offset, size, slots)
                 largest = max(largest, count)
             else:
-                self._io.zero(group, offset, size, True)
+                self._io.zero(group, offset, size, may_unmap)
         destage.small = len(pieces) if 0 < largest <= SMALL_WRITE_BLOCKS else 0
         self.counters["backend_writes"] += len(pieces)
 

@@ -57,6 +57,7 @@ class LogIndex:
         "_zero_newest",
         "dirty",
         "filled",
+        "kept",
         "lost",
         "queue",
         "since_ns",
@@ -82,6 +83,8 @@ class LogIndex:
         """Objects in `dirty` whose destage has failed -> first dirty address, out of the order."""
         self._in_flight: dict[int, int] = {}
         """Object that is being destaged -> its first dirty address."""
+        self.kept: dict[int, None] = {}
+        """Addresses of records whose zeroes stay allocated on the backend, in order; all others may be unmapped."""
         self.lost: dict[int, int] = {}
         """Block that is lost -> the newest extent that says so. They ascend; some may have been overwritten since."""
         self._dirty_pages: dict[int, array[int]] = {}
@@ -172,8 +175,11 @@ class LogIndex:
                 self._grow(entry)
         return entry
 
-    def zero(self, first: int, end: int, address: int) -> None:
-        """Blocks `first` .. `end - 1` read as zeroes from now on, by an extent whose header is at `address`."""
+    def zero(self, first: int, end: int, address: int, kept: bool) -> None:
+        """Blocks `first` .. `end - 1` read as zeroes from now on, by an extent whose header is at `address`. `kept`: it
+        and the others of its record are to stay allocated."""
+        if kept:
+            self.kept[address] = None
         shift, mask = self._shift, self._mask
         value = address << 1 | 1
         self._zero_newest = max(self._zero_newest, value)
@@ -243,9 +249,9 @@ class LogIndex:
             self._put(block >> self._shift, block & self._mask, at << 1)
         self.add(blocks[old:] if old else blocks, address + old, 0)
 
-    def recover_zero(self, first: int, end: int, address: int) -> None:
+    def recover_zero(self, first: int, end: int, address: int, kept: bool) -> None:
         """The same for zeroes."""
-        self.zero(first, end, address)
+        self.zero(first, end, address, kept)
         if address >= self._clean:
             self.zero_durable(first, end, address, 0)
 
@@ -340,6 +346,8 @@ class LogIndex:
         """Free pages that lie wholly below the tail, some objects at a time; False: done for now."""
         if self._sweep is None:
             self._sweep = iter(list(self._objects))
+            while self.kept and next(iter(self.kept)) < self.tail:
+                del self.kept[next(iter(self.kept))]
         tail = self.tail << 1
         for _ in range(SWEEP):
             number = next(self._sweep, None)

@@ -64,6 +64,7 @@ struct backend {
     struct volume *volume; /* whose it is, or NULL: nobody's yet */
     struct backend *next_push;
     bool to_push;
+    bool given_up; /* by wrap_give_up() */
     uint8_t level; /* 0: the lowest */
     uint32_t number; /* among the engine's */
     uint64_t due_ns; /* of tick() */

@@ -1,6 +1,7 @@
 /* A wrapper that is slow: each I/O reaches what lies below after a time of its own kind, and at most so many bytes a second.
  *
  * Owns the I/O that waits. What is due first goes first, so with a jitter I/O overtakes I/O: no order was promised. */
+#include <errno.h>
 #include <stdlib.h>
 
 #include "backend_wrap.h"
@@ -25,7 +26,7 @@ static void delay_submit(struct backend *backend, struct io *io)
 {
     struct delay *delay = backend->state;
     uint64_t now_ns = clock_ns(), due_ns = due(delay, io, now_ns);
-    if (due_ns <= now_ns) {
+    if (due_ns <= now_ns || backend->given_up) {
         backend_pass(backend, io);
     } else {
         timers_add(&delay->waiting, due_ns, io, 0);
@@ -37,8 +38,12 @@ static uint64_t delay_tick(struct backend *backend, uint64_t now_ns)
 {
     struct delay *delay = backend->state;
     struct waiting first;
-    while (timers_take(&delay->waiting, now_ns, &first))
-        backend_pass(backend, first.io);
+    while (timers_take(&delay->waiting, backend->given_up ? UINT64_MAX : now_ns, &first)) {
+        if (backend->given_up)
+            backend_done(backend, first.io, -ESHUTDOWN);
+        else
+            backend_pass(backend, first.io);
+    }
     return timers_next(&delay->waiting);
 }
 
@@ -54,7 +59,7 @@ static void delay_close(struct backend *backend)
     delay_destroy(backend->state);
 }
 
-static const struct backend_ops delay_ops = {.name = "delay", .submit = delay_submit, .tick = delay_tick, .abandon = wrap_abandon, .close = delay_close};
+static const struct backend_ops delay_ops = {.name = "delay", .submit = delay_submit, .tick = delay_tick, .abandon = wrap_abandon, .give_up = wrap_give_up, .close = delay_close};
 
 static void *delay_make(const char *parameters, char *error, size_t error_bytes)
 {

@@ -56,6 +56,12 @@ static bool chosen(struct fault *fault, const struct io *io)
     return fault->probability < 0 || (double)(wrap_random(&fault->seed) >> 11) * 0x1p-53 < fault->probability;
 }
 
+/* What hangs would hang for ever, and the volume with it. */
+static bool released(const struct backend *backend)
+{
+    return backend->given_up || (backend->volume && backend->volume->stopping);
+}
+
 static void fail(struct backend *backend, struct io *io)
 {
     struct fault *fault = backend->state;
@@ -106,7 +112,7 @@ static void fault_submit(struct backend *backend, struct io *io)
     io->word[backend->level] = 0;
     if (!chosen(fault, io)) {
         backend_pass(backend, io);
-    } else if (fault->hang && !wrap_released(backend)) {
+    } else if (fault->hang && !released(backend)) {
         timers_add(&fault->hanging, 0, io, -fault->error);
         backend_wake_at(backend, clock_ns() + LOOK_NS);
     } else if (fault->torn && (io->kind == IO_WRITE || io->kind == IO_ZERO)) {
@@ -131,8 +137,8 @@ static uint64_t fault_tick(struct backend *backend, uint64_t now_ns)
 {
     struct fault *fault = backend->state;
     struct waiting first;
-    bool released = wrap_released(backend), over = fault->hanging.count && !now(fault, now_ns);
-    while ((over || released) && timers_take(&fault->hanging, UINT64_MAX, &first)) {
+    bool end = released(backend), over = fault->hanging.count && !now(fault, now_ns);
+    while ((over || end) && timers_take(&fault->hanging, UINT64_MAX, &first)) {
         if (over)
             backend_pass(backend, first.io);
         else
@@ -157,7 +163,7 @@ static void fault_close(struct backend *backend)
     fault_destroy(backend->state);
 }
 
-static const struct backend_ops fault_ops = {.name = "fault", .submit = fault_submit, .ended = fault_ended, .tick = fault_tick, .abandon = wrap_abandon, .close = fault_close};
+static const struct backend_ops fault_ops = {.name = "fault", .submit = fault_submit, .ended = fault_ended, .tick = fault_tick, .abandon = wrap_abandon, .give_up = wrap_give_up, .close = fault_close};
 
 static void *fault_make(const char *parameters, char *error, size_t error_bytes)
 {

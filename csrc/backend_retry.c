@@ -64,7 +64,7 @@ static void retry_ended(struct backend *backend, struct io *io, int32_t result)
 {
     struct retry *retry = backend->state;
     uint64_t made = ++io->word[backend->level];
-    if (!result || !passes(result) || !(retry->kinds & KIND_BIT(io->kind)) || made >= retry->attempts || wrap_released(backend)) {
+    if (!result || !passes(result) || !(retry->kinds & KIND_BIT(io->kind)) || made >= retry->attempts || backend->given_up) {
         backend_done(backend, io, result);
     } else {
         timers_add(&retry->waiting, clock_ns() + pause_ns(retry, made), io, result);
@@ -76,9 +76,8 @@ static uint64_t retry_tick(struct backend *backend, uint64_t now_ns)
 {
     struct retry *retry = backend->state;
     struct waiting first;
-    bool released = wrap_released(backend);
-    while (timers_take(&retry->waiting, released ? UINT64_MAX : now_ns, &first)) {
-        if (released)
+    while (timers_take(&retry->waiting, backend->given_up ? UINT64_MAX : now_ns, &first)) {
+        if (backend->given_up)
             backend_done(backend, first.io, first.result);
         else
             backend_pass(backend, first.io);
@@ -98,7 +97,7 @@ static void retry_close(struct backend *backend)
     retry_destroy(backend->state);
 }
 
-static const struct backend_ops retry_ops = {.name = "retry", .submit = retry_submit, .ended = retry_ended, .tick = retry_tick, .abandon = wrap_abandon, .close = retry_close};
+static const struct backend_ops retry_ops = {.name = "retry", .submit = retry_submit, .ended = retry_ended, .tick = retry_tick, .abandon = wrap_abandon, .give_up = wrap_give_up, .close = retry_close};
 
 static void *retry_make(const char *parameters, char *error, size_t error_bytes)
 {

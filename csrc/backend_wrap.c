@@ -201,9 +201,10 @@ bool wrap_parameters(const char *wrapper, const char *text, const struct paramet
     return sound;
 }
 
-bool wrap_released(const struct backend *backend)
+void wrap_give_up(struct backend *backend)
 {
-    return backend->volume && backend->volume->stopping;
+    backend->given_up = true;
+    backend_wake_at(backend, 0);
 }
 
 bool wrap_abandon(struct backend *backend, struct io *io)

@@ -23,8 +23,8 @@ struct parameter {
  * twice, or has a value that it cannot have. */
 bool wrap_parameters(const char *wrapper, const char *text, const struct parameter *parameters, uint32_t count, char *error, size_t error_bytes);
 
-/* The volume stops: what a wrapper holds is let go, so that nothing waits for it. */
-bool wrap_released(const struct backend *backend);
+/* For ops->give_up: tick() then ends what waits. */
+void wrap_give_up(struct backend *backend);
 
 /* For ops->abandon: what waits here goes nowhere near its memory. */
 bool wrap_abandon(struct backend *backend, struct io *io);

@@ -267,13 +267,21 @@ def test_only_the_kinds_that_were_asked_for_are_tried_again(make: Make) -> None:
     assert device.wait(device.read(0, BLOCK), device.zero(MIB, BLOCK)) == [-errno.EIO] * 2
 
 
-def test_what_waits_for_another_attempt_fails_when_the_volume_stops(make: Make) -> None:
-    device = make(("fault", "errno=EHOSTUNREACH"), ("retry", f"first={HOUR} max={HOUR}"))
+@pytest.mark.parametrize(
+    ("wraps", "expected"),
+    [
+        ([("fault", "errno=EHOSTUNREACH"), ("retry", f"first={HOUR} max={HOUR}")], errno.EHOSTUNREACH),
+        ([("delay", f"write={HOUR}")], errno.ESHUTDOWN),
+        ([("fault", "hang=1 errno=ETIMEDOUT")], errno.ETIMEDOUT),
+    ],
+)
+def test_what_is_held_fails_when_the_backend_is_given_up(make: Make, wraps: list[Wrap], expected: int) -> None:
+    device = make(*wraps)
     waiting = [device.write(number * BLOCK, bytes(BLOCK)) for number in range(10)]
     device.turn()
     assert not device.results
-    device.engine.stop_volume(0)
-    assert set(device.wait(*waiting)) == {-errno.EHOSTUNREACH}
+    device.backend.give_up()
+    assert set(device.wait(*waiting)) == {-expected}
 
 
 # -- trace --

@@ -47,6 +47,12 @@ def _patch(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     setattr(owner, name, lambda *arguments, **named: wrapper(original, *arguments, **named))
 
 
+@canary
+def warm_after_a_hand_over() -> None:
+    """Hazard 11: the log of an image that was in other hands is believed when it comes back."""
+    _patch(log_volume.LogVolume, "close", lambda original, self, stamp, cold=False: original(self, stamp, False))
+
+
 # What the writer and the destager do.
 
 

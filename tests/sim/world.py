@@ -80,6 +80,7 @@ STATES: Final = (
     "crash in recovery",
     "crash when the image has grown",
     "drained",
+    "hand-over",
     "parked requests",
     "power loss",
     "process crash",
@@ -310,6 +311,9 @@ class World:
         """What the engine has written to the log, in order."""
         self.calm = False
         """Nothing fails for now."""
+        self.migrations = random.Random(f"migrations of {seed}")
+        """Apart, so that they change nothing else of a seed's life."""
+        self.is_handed_over = False
         self.backend_outage_until_ns = 0
         self.backend_full_until_ns = 0
         self.cache_outage_until_ns = 0
@@ -334,11 +338,14 @@ class World:
                     self.check_once_more()
                     return self.states
                 if self.rng.random() < self.sizes.shutdowns:
-                    self.close()
+                    if self.migrations.random() < 0.25 and not self.flips:
+                        self.hand_over()
+                    else:
+                        self.close()
             except Crash:
                 self.states["crash between two operations"] += 1
             self.stop()
-            if self.closed_cleanly and self.rng.random() < 0.06:
+            if self.closed_cleanly and self.rng.random() < 0.06 and not self.is_handed_over:
                 self.write_the_image()
             if not (self.guest_died or self.closed_cleanly) and self.rng.random() < 0.03:
                 self.note("the RAM-tier file is deleted")
@@ -402,6 +409,9 @@ class World:
             if self.tier_lost and before is not None and not before.clean:  # it died when it had already closed
                 raise Wrong("the log is opened although its RAM tier is lost")
             break
+        if self.is_handed_over and recovered.records:
+            raise Wrong("a log is believed whose image has been in other hands")
+        self.is_handed_over = False
         self.tier_lost = False
         self.states[f"recovery: {recovered.finding.decision.name.lower()}"] += 1
         self.note(f"recovered: {recovered.finding.what}, {recovered}")
@@ -796,6 +806,31 @@ class World:
         self.until(lambda: self.volume.closed, "close")
         self.states["clean shutdown"] += 1
         self.closed_cleanly = True
+
+    def hand_over(self) -> None:
+        """The guest migrates to another daemon, changes something there, and comes back. Nothing but the superblocks
+        says so: the image has no mark and no time of change."""
+        self.note("hand over")
+        self.calm = True
+        self.volume.hurry(True)
+        self.until(lambda: not self.guest.live and not self.engine.incoming, "answering")
+        self.volume.drain()
+        self.engine.deadline_ns = 0
+        self.until(lambda: self.volume.drained, "draining")
+        self.volume.close(lambda: self.backend.stamp, cold=True)
+        self.engine.deadline_ns = 0
+        self.until(lambda: self.volume.closed, "close")
+        self.calm = False
+        self.states["hand-over"] += 1
+        self.closed_cleanly = self.is_handed_over = True
+        for block, content in enumerate(self.guest.state):
+            if self.backend.versions.get(block, [self.backend.live[block]])[0] != content:
+                raise Wrong(f"block {block} of the image is not what the guest wrote, and another daemon has it")
+        for _ in range(1 + int(self.migrations.random() * self.guest.blocks)):
+            block = int(self.migrations.random() * self.guest.blocks)
+            self.guest.foreign_write(block)
+            self.backend.live[block] = self.guest.state[block]
+            self.backend.versions.pop(block, None)
 
     def finish(self) -> None:
         """Without faults any more: every request is answered, the log is drained, the backend is right."""

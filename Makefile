@@ -106,7 +106,9 @@ sanitize: setup-test ## the engine under ASan and UBSan, as the real daemon; all
 test-bench: setup-test
 	@$(BIN)/python -m tests.bench --quick
 
-.PHONY: bench soak
+.PHONY: bench policies soak
+policies: setup-test ## the read cache's policy beside others, into docs/read-cache.svg
+	@$(BIN)/python -m tests.policies --figure docs/read-cache.svg
 bench: setup-test ## speed, beside qemu-storage-daemon: docs/performance.md says what is measured
 	@$(BIN)/python -m tests.bench
 soak: setup-test ## the simulator with SOAK_SEEDS seeds, the random tests and fuzzers with SOAK_SECONDS each

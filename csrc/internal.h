@@ -349,6 +349,7 @@ struct log_record {
 bool log_create(struct volume *volume, char *error, size_t error_bytes);
 void log_destroy(struct volume *volume);
 void log_write(struct volume *volume, uint32_t group, const struct log_record *record, bool repeat, bool durable);
+void log_store(struct volume *volume, uint32_t group, uint64_t offset, const uint64_t *slots, uint32_t count);
 void log_read(struct volume *volume, uint32_t group, uint64_t offset, const uint64_t *slots, uint32_t count);
 void log_read_direct(struct request *request, uint32_t group, uint32_t payload_offset, uint64_t offset, uint64_t bytes);
 void log_superblock(struct volume *volume, uint32_t group, uint64_t offset, const uint64_t *words, uint32_t count);

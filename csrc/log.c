@@ -25,11 +25,16 @@ enum { WORD_ADDRESS = 3, WORD_BLOCKS = 4, WORD_COUNTS = 5, WORD_CRCS = 7, HEADER
 #define PREVIOUS_CRC_OFFSET 56u
 #define HEADER_CRC_OFFSET 60u
 
+static uint64_t table_bytes(const struct volume *volume)
+{
+    return (volume->config.ring_bytes + volume->config.store_bytes) / VHC_BLOCK * sizeof(uint32_t);
+}
+
 bool log_create(struct volume *volume, char *error, size_t error_bytes)
 {
     if (volume->config.cache_fd < 0)
         return true;
-    size_t bytes = volume->config.ring_bytes / VHC_BLOCK * sizeof(uint32_t);
+    size_t bytes = table_bytes(volume);
     void *crcs = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (crcs == MAP_FAILED) {
         snprintf(error, error_bytes, "cannot allocate %zu MiB for the log's checksums: %s", bytes >> 20, strerror(errno));
@@ -43,7 +48,7 @@ bool log_create(struct volume *volume, char *error, size_t error_bytes)
 void log_destroy(struct volume *volume)
 {
     if (volume->log.crcs)
-        munmap(volume->log.crcs, volume->config.ring_bytes / VHC_BLOCK * sizeof(uint32_t));
+        munmap(volume->log.crcs, table_bytes(volume));
     volume->log.crcs = NULL;
 }
 
@@ -64,12 +69,15 @@ uint32_t vhc_crc32c(const void *data, size_t bytes, int portable)
     return portable ? crc32c_portable(0, data, bytes) : crc32c(0, data, bytes);
 }
 
-/* The place in the crc table of `blocks` blocks at `offset` of the cache file, which lie in the ring in one piece. */
+/* The place in the crc table of `blocks` blocks at `offset` of the cache file, which lie in the ring or in the read cache in one piece. */
 static uint32_t *crcs_at(const struct volume *volume, uint64_t offset, uint64_t blocks)
 {
     assert(volume->log.crcs && offset >= RING_OFFSET && offset % VHC_BLOCK == 0);
     uint64_t position = (offset - RING_OFFSET) / VHC_BLOCK, ring_blocks = volume->config.ring_bytes / VHC_BLOCK;
-    assert(position <= ring_blocks && blocks <= ring_blocks - position);
+    if (position < ring_blocks)
+        assert(blocks <= ring_blocks - position);
+    else
+        assert(position - ring_blocks + blocks <= volume->config.store_bytes / VHC_BLOCK);
     return volume->log.crcs + position;
 }
 
@@ -134,6 +142,23 @@ void log_write(struct volume *volume, uint32_t group, const struct log_record *r
     else
         compose(volume, record);
     io_record(volume, group, record->offset, record->slots, blocks, durable);
+}
+
+void log_store(struct volume *volume, uint32_t group, uint64_t offset, const uint64_t *slots, uint32_t count)
+{
+    assert(offset >= RING_OFFSET + volume->config.ring_bytes);
+    uint32_t *table = crcs_at(volume, offset, count);
+    for (uint32_t done = 0; done < count;) {
+        const uint8_t *blocks[BATCH];
+        uint32_t some = 0;
+        for (; some < BATCH && done + some < count; some++) {
+            assert(slots[done + some] >= 1 && slots[done + some] < volume->config.slots);
+            blocks[some] = slab_slot(volume, (uint32_t)slots[done + some]);
+        }
+        crc32c_blocks(blocks, some, table + done);
+        done += some;
+    }
+    io_slots(volume, IO_CACHE, IO_WRITE, group, offset, (uint64_t)count * VHC_BLOCK, slots, count, 0);
 }
 
 void log_read(struct volume *volume, uint32_t group, uint64_t offset, const uint64_t *slots, uint32_t count)

@@ -138,6 +138,8 @@ static void log_operation(vhc_engine *engine, struct stream *stream, uint32_t op
         const uint64_t *rest = take(stream, arg);
         if (opcode == VHC_OP_LOG_READ)
             log_read(volume, (uint32_t)given[0], given[1], rest, arg);
+        else if (opcode == VHC_OP_STORE)
+            log_store(volume, (uint32_t)given[0], given[1], rest, arg);
         else
             log_superblock(volume, (uint32_t)given[0], given[1], rest, arg);
     }
@@ -201,6 +203,7 @@ void operations_run(vhc_engine *engine, const uint64_t *operations, uint32_t wor
         case VHC_OP_LOG_READ:
         case VHC_OP_LOG_WRITE:
         case VHC_OP_LOG_FLUSH:
+        case VHC_OP_STORE:
         case VHC_OP_SUPERBLOCK:
             log_operation(engine, &stream, opcode, number, arg);
             break;

@@ -31,8 +31,9 @@ from vhostcache.cachefile import HEAD_BYTES, LOCK_WAIT_S, CacheFile
 from vhostcache.cachefile import subject as cache_subject
 from vhostcache.config import VolumeConfig, format_size
 from vhostcache.errors import CacheError, UsageError
+from vhostcache.eviction import Eviction
 from vhostcache.identity import Action, Image, Judgement, RefusedError
-from vhostcache.log import recovery, superblock, tier
+from vhostcache.log import read_ring, recovery, superblock, tier
 from vhostcache.log.recovery import Decision, Finding, Recovered
 from vhostcache.log.superblock import Superblock
 from vhostcache.log.tier import Tier, TierLayout
@@ -93,7 +94,7 @@ def prepare_cache(config: VolumeConfig, tell: Tell) -> None:
         return
     if config.cache.size is None:
         raise UsageError(cache_subject(path), "does not exist, or is empty", "--cache-size, to make it")
-    with CacheFile.create(path, config.cache.size) as file:
+    with CacheFile.create(path, config.cache.size + (config.cache.read_cache or 0)) as file:
         _prewrite(file, tell)
 
 
@@ -141,6 +142,8 @@ class CacheClaim:
         self.tier_fd = -1
         self.layout = TierLayout(slots_for_ram(config.ram), slots_for_ram(config.ram))
         self.recovered: Recovered | None = None
+        self.read_cache: tuple[Eviction, bytes] | None = None
+        """What the read cache has, and its crcs: as found by `open`, as left when `keep_read_cache` was called."""
         self.served = False
         self.file: CacheFile | None = None
         try:
@@ -221,6 +224,9 @@ class CacheClaim:
                 raise CacheError(cache_subject(self.path), f"is {size} bytes large", "at least 64MiB")
             return size
         asked = self._config.cache.size
+        found = self._superblock() if self.file is not None else None
+        if asked is None and found is not None:
+            return HEAD_BYTES + found.ring_blocks * 4096
         if asked is None and self.file is not None and self.file.size_bytes >= CACHE.minimum:
             return self.file.size_bytes // 4096 * 4096
         if asked is None:
@@ -255,11 +261,12 @@ class CacheClaim:
         block = recovered.superblock
         self._folder.remove(block.uuid, keep=[block.tier_uuid])
         self._mark(Mark(block.uuid, block.epoch, dirty=True))
+        self._load_read_cache(recovered)
         return recovered
 
     def _make_file(self) -> None:
         if self.file is None:
-            self.file = CacheFile.create(self.path, self._new_size_bytes())
+            self.file = CacheFile.create(self.path, self._new_size_bytes() + self._read_bytes)
             self._made_file = True
             _prewrite(self.file, self._tell)
             for warning in self.file.warnings:
@@ -270,14 +277,77 @@ class CacheClaim:
     def _begin_anew(self) -> None:
         """An empty log. The image is told, before it can have anything."""
         assert self.file is not None
-        if self.file.size_bytes < self._new_size_bytes():
-            self.file.allocate(self._new_size_bytes())
+        size_bytes, read_bytes = self._new_size_bytes(), self._read_bytes
+        if self.file.is_device:
+            self._refuse_small_device(read_bytes)
+        else:
+            size_bytes += read_bytes
+        if self.file.size_bytes < size_bytes:
+            self.file.allocate(size_bytes)
             _prewrite(self.file, self._tell)
         new = uuid.uuid4().bytes
-        block = recovery.create(self.file, new, identity.backend_facts(image_of(self._backend), None))
+        facts = identity.backend_facts(image_of(self._backend), None)
+        block = recovery.create(self.file, new, facts, read_bytes // 4096)
         state = superblock.WRITE_CACHE_ON if self._config.cache_mode.writeback else superblock.WRITE_CACHE_OFF
         self._write_superblocks(dataclasses.replace(block, write_cache=state, generation=block.generation + 1))
         self._mark(Mark(new, block.epoch, dirty=False))
+
+    # The read cache, behind the log.
+
+    @property
+    def _read_bytes(self) -> int:
+        """What was asked for."""
+        return self._config.cache.read_cache or 0
+
+    def _refuse_small_device(self, read_bytes: int) -> None:
+        from vhostcache.config import CACHE
+
+        assert self.file is not None
+        if read_bytes and self.file.size_bytes - read_bytes < CACHE.minimum:
+            raise UsageError(
+                cache_subject(self.path),
+                f"has {format_size(self.file.size_bytes)}",
+                f"room for a read_cache of {format_size(read_bytes)} and a log of {format_size(CACHE.minimum)}",
+                "choose a smaller read_cache",
+            )
+
+    def _make_room_for_reads(self, before: Superblock) -> int:
+        """How many blocks the read cache has from now on. The log stays as it is: a file grows, a device cannot."""
+        assert self.file is not None
+        wanted = self._read_bytes // 4096
+        end = HEAD_BYTES + before.ring_blocks * 4096
+        if self.file.size_bytes < end:
+            return wanted  # recovery has more to say
+        if self.file.is_device:
+            room = (self.file.size_bytes - end) // 4096
+            if wanted > room:
+                fields = {"cache": self.path, "bytes": room * 4096, "wanted_bytes": wanted * 4096}
+                self._tell("warning", "read-cache-smaller", {**fields, "reason": "the log has the rest of the device"})
+            return min(wanted, room)
+        if self.file.size_bytes < end + wanted * 4096:
+            self.file.allocate(end + wanted * 4096)
+        return wanted
+
+    def _load_read_cache(self, recovered: Recovered) -> None:
+        assert self.file is not None
+        block = recovered.superblock
+        end = HEAD_BYTES + (block.ring_blocks + block.read_blocks) * 4096
+        before = recovered.finding.superblock
+        if before is not None and before.read_blocks > block.read_blocks and not self.file.is_device:
+            self.file.cut(end)  # it has become smaller
+        positions = read_ring.positions_of(block.read_blocks)
+        if not positions:
+            return
+        found = None
+        with contextlib.suppress(CacheError):
+            found = read_ring.load(self.file, recovered)
+        self.read_cache = found or (Eviction(positions), b"")
+        used = self.read_cache[0].main_count + self.read_cache[0].small_count
+        self._tell("info", "read-cache", {"bytes": positions * 4096, "used_bytes": used * 4096, "warm": bool(found)})
+
+    def keep_read_cache(self, eviction: Eviction, crcs: bytes) -> None:
+        """What it has, after an end in good order: `close` writes it."""
+        self.read_cache = eviction, crcs
 
     def _discard_if_refused(self, boot: bytes) -> None:
         assert self.file is not None
@@ -330,6 +400,7 @@ class CacheClaim:
         before = self._superblock()
         if before is None or self.file.size_bytes < HEAD_BYTES:
             return recovery.recover(self.file, None, boot, subject=cache_subject(self.path))  # it refuses
+        read_blocks = self._make_room_for_reads(before)
         name = uuid.uuid4().bytes
         # What starts that failed have left must not add up.
         self._folder.remove(before.uuid, keep=[copy.tier_uuid for copy in self._superblocks() if copy is not None])
@@ -345,6 +416,7 @@ class CacheClaim:
                     tier_uuid=name,
                     subject=cache_subject(self.path),
                     progress=self._progress(),
+                    read_blocks=read_blocks,
                 )
         except BaseException:
             with contextlib.suppress(CacheError):
@@ -403,6 +475,9 @@ class CacheClaim:
             found = self._superblock()
             if found is None or not found.clean:
                 return
+            if self.read_cache is not None and self.read_cache[1]:
+                with contextlib.suppress(CacheError):  # the next start finds it empty
+                    read_ring.save(self.file, found, *self.read_cache)
         else:
             mtime_ns = self._backend.stamp().mtime_ns
             block = recovered.superblock

@@ -140,6 +140,11 @@ class BackendIo:
         self.operations += words
         self.operations += slots
 
+    def store(self, group: int, offset_bytes: int, slots: Sequence[int]) -> None:
+        """Slots to the read cache, where the blocks lie in a row."""
+        self.operations += (op.STORE | self._volume | len(slots) << 32, group, offset_bytes)
+        self.operations += slots
+
     def log_read(self, group: int, offset_bytes: int, slots: Sequence[int]) -> None:
         """Blocks of the log, which lie in a row, to slots; verified."""
         self.operations += (op.LOG_READ | self._volume | len(slots) << 32, group, offset_bytes)

@@ -123,6 +123,13 @@ class CacheFile:
             ) from error
         self.size_bytes = os.lseek(self.descriptor, 0, os.SEEK_END)
 
+    def cut(self, size_bytes: int) -> None:
+        """Give back what lies behind that, if there is anything; a file system that will not keeps it."""
+        if size_bytes < self.size_bytes and not self.is_device:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.descriptor, size_bytes)
+                self.size_bytes = size_bytes
+
     def prewrite(self, budget_s: float, progress: Callable[[int, int], None]) -> int:
         """Write zeroes over what is allocated and has never been written, which reads as zeroes anyway, for at most so
         long. `progress(done, of)` is told in bytes. Returns how many bytes are left. CacheError: it cannot be written.

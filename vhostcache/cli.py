@@ -187,6 +187,12 @@ def _volume_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Of a new cache file, from 64MiB; it is allocated at once.",
         ),
         click.option(
+            "--read-cache",
+            type=_Quantity("READ_CACHE"),
+            metavar="SIZE",
+            help="Keep what is read from the image too, in so much more of the cache file.  [default: none]",
+        ),
+        click.option(
             "--sync-interval",
             type=_Quantity("SYNC_INTERVAL"),
             metavar="TIME",
@@ -285,7 +291,9 @@ def _volume_options(command: Callable[..., None]) -> Callable[..., None]:
 _CACHE_OPTIONS: Final = {
     "path": "cache_path",
     "size": "cache_size",
-    **{key: key for key in ("sync_interval", "flush_window", "checkpoint_interval", "destage", "ram_dir")},
+    **{
+        key: key for key in ("read_cache", "sync_interval", "flush_window", "checkpoint_interval", "destage", "ram_dir")
+    },
     "drain_on_exit": "drain_on_exit",
     **{part: f"cache_{part}" for part in ("writeback", "direct", "no_flush")},
 }

@@ -75,12 +75,16 @@ FILL: Final = Range(
     4 * KIB, MIB, "a power of two from 4KiB to 1MiB, such as 64KiB", multiple_of=4096, power_of_two=True
 )
 REMOTE_FILL_BYTES: Final = 64 * KIB  # a remote backend takes as long for this as for 4 KiB
+READ_CACHE: Final = Range(
+    16 * MIB, 8 * TIB, "a size from 16MiB to 8TiB, such as 2GiB, in steps of 4KiB", multiple_of=4096
+)
 BACKEND_TIMEOUT: Final = Range(10**6, 24 * 3600 * 10**9, "a duration from 1ms to 24h, such as 30s")
 IMAGE: Final = Range(512, 16 * TIB, "a multiple of 512 up to 16TiB, such as 4GiB", multiple_of=512)
 
 RamBytes = Annotated[int, BeforeValidator(quantity(RAM, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
 ObjectBytes = Annotated[int, BeforeValidator(quantity(OBJECT, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
 CacheBytes = Annotated[int, BeforeValidator(quantity(CACHE, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
+ReadCacheBytes = Annotated[int, BeforeValidator(quantity(READ_CACHE, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
 FillBytes = Annotated[int, BeforeValidator(quantity(FILL, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
 BackendTimeoutNs = Annotated[
     int, BeforeValidator(quantity(BACKEND_TIMEOUT, parse_duration)), WithJsonSchema(DURATION_SCHEMA)
@@ -123,6 +127,11 @@ class CacheConfig(Model):
     size: CacheBytes | None = Field(
         None, description="its size when it is made; a block device, and one that exists, has its own"
     )
+    read_cache: ReadCacheBytes | None = Field(
+        None,
+        description="keep what is read from the backend, over restarts, in so much more of the cache file, or in this "
+        "part of a device; none: only RAM and the log answer reads; may be changed at any start",
+    )
     sync_interval: SyncIntervalNs = Field(
         10**9, description="the longest that an acknowledged write stays volatile without a flush"
     )
@@ -151,7 +160,16 @@ class CacheConfig(Model):
 
 
 _NEED_A_CACHE: Final = (
-    *("size", "sync_interval", "flush_window", "checkpoint_interval", "destage", "drain_on_exit", "ram_dir"),
+    *(
+        "size",
+        "read_cache",
+        "sync_interval",
+        "flush_window",
+        "checkpoint_interval",
+        "destage",
+        "drain_on_exit",
+        "ram_dir",
+    ),
 )
 
 

@@ -359,6 +359,7 @@ class Daemon:
             align_io_bytes=claim.file.align_io_bytes,
             cache_fd=claim.file.descriptor,
             ring_bytes=recovered.ring_blocks * 4096,
+            store_bytes=claim.read_cache[0].positions * 4096 if claim.read_cache else 0,
             tier_fd=claim.tier_fd,
             tier_entries_offset=claim.layout.entries_offset_bytes,
             tier_entries=claim.layout.entries,
@@ -371,6 +372,8 @@ class Daemon:
                 if record.payload_blocks:
                     first = (record.address + record.header_blocks) % recovered.ring_blocks
                     crcs[first : first + record.payload_blocks] = memoryview(record.crcs)
+            if claim.read_cache and claim.read_cache[1]:
+                crcs[recovered.ring_blocks :] = memoryview(claim.read_cache[1]).cast("I")
         cache = config.cache
         settings = LogVolumeSettings(
             index=index,
@@ -390,7 +393,9 @@ class Daemon:
             destage_threshold_percent=config.destage_threshold,
             max_batched_objects=config.max_batched_objects,
         )
-        volume = LogVolume(settings, self._operations, recovered)
+        eviction = claim.read_cache[0] if claim.read_cache else None
+        volume = LogVolume(settings, self._operations, recovered, eviction=eviction)
+        claim.read_cache = None
         recovered.records.clear()
         return Served(
             config,
@@ -603,6 +608,10 @@ class Daemon:
         if volume.closed:
             dirty = volume.statistics()["dirty_blocks"]
             self._log.info("closed", volume=served.name, dirty_bytes=dirty * 4096)
+            if volume.read_ring is not None and served.claim is not None and served.claim.recovered is not None:
+                with self._engine.log_crcs(index) as crcs:
+                    kept = crcs[served.claim.recovered.ring_blocks :].tobytes()
+                served.claim.keep_read_cache(volume.read_ring.eviction, kept)
         return volume.closed
 
     def _close_log(self, index: int, cold: bool = False) -> None:

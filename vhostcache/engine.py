@@ -264,6 +264,7 @@ class Engine:
         align_io_bytes: int = 1,
         cache_fd: int = -1,
         ring_bytes: int = 0,
+        store_bytes: int = 0,
         tier_fd: int = -1,
         tier_entries_offset: int = 0,
         tier_entries: int = 0,
@@ -298,6 +299,7 @@ class Engine:
                 "serial": serial.encode()[:20],
                 "cache_fd": cache_fd,
                 "ring_bytes": ring_bytes,
+                "store_bytes": store_bytes,
                 "tier_fd": tier_fd,
                 "tier_entries_offset": tier_entries_offset,
                 "tier_entries": tier_entries,
@@ -309,13 +311,13 @@ class Engine:
         if attach_to is not None:
             if lib.vhc_volume_attach(self._engine, self._checked(attach_to), config, error, _ERROR_BYTES) < 0:
                 raise EngineError("engine", ffi.string(error).decode(errors="replace"))
-            self._ring_bytes[attach_to] = ring_bytes
+            self._ring_bytes[attach_to] = ring_bytes + store_bytes
             return attach_to
         index = int(lib.vhc_volume_add(self._engine, config, error, _ERROR_BYTES))
         if index < 0:
             raise EngineError("engine", ffi.string(error).decode(errors="replace"))
         self._volumes = index + 1
-        self._ring_bytes.append(ring_bytes)
+        self._ring_bytes.append(ring_bytes + store_bytes)
         return index
 
     def start_volume(self, index: int) -> None:
@@ -347,7 +349,8 @@ class Engine:
         lib.vhc_log_start(self._engine, self._checked(index), previous_header_crc)
 
     def log_crcs(self, index: int) -> memoryview:
-        """The crc32c of each block of the ring, as writable u32. It must not be used once the engine is closed."""
+        """The crc32c of each block of the ring, then of the read cache, as writable u32. It must not be used once the
+        engine is closed."""
         crcs = lib.vhc_log_crcs(self._engine, self._checked(index))
         if crcs == ffi.NULL:
             raise EngineError("engine", f"volume {index} has no log")

@@ -17,8 +17,8 @@ from vhostcache.readcache import ReadCache
 NOBODY: Final = -1
 
 
-def _nobody(address: int) -> None:
-    pass
+def _as_it_is(address: int, first: int, count: int, result: int) -> int:
+    return result
 
 
 class ReadJob:
@@ -83,6 +83,7 @@ class Fills:
         "_retry",
         "by_block",
         "counters",
+        "filled",
         "log_done",
         "running",
         "size_bytes",
@@ -106,7 +107,9 @@ class Fills:
         self._retry = retry
         self.by_block: dict[int, Fill] = {}
         self.running: dict[Fill, None] = {}
-        self.log_done: Callable[[int], None] = _nobody
+        self.log_done: Callable[[int, int, int, int], int] = _as_it_is
+        self.filled: Callable[[Fill], None] | None = None
+        """Told of fills that have ended well."""
         self.counters = {"fills": 0, "blocks_filled": 0, "fills_poisoned": 0}
 
     def begin(self, first: int, slots: list[int]) -> Fill:
@@ -122,7 +125,7 @@ class Fills:
 
     def begin_log(self, first: int, slots: list[int], address: int, offset_bytes: int) -> Fill:
         """The same from the log, where the blocks lie in a row from `address` on, `offset_bytes` into the cache file.
-        `log_done(address)` is told when they have been read."""
+        `log_done(address, first block, blocks, result)` is told when they have been read, and returns the result."""
         fill = self._begin(first, slots)
         fill.address = address
         self._io.log_read(self._io.begin(fill), offset_bytes, slots)
@@ -152,7 +155,7 @@ class Fills:
         """The read has ended: install what is still wanted, serve the readers, then execute parked requests again."""
         del self.running[fill]
         if fill.address:
-            self.log_done(fill.address)
+            result = self.log_done(fill.address, fill.first, len(fill.slots), result)
         self.counters["fills"] += 1
         block_map, by_block = self._map, self.by_block
         for block, slot in enumerate(fill.slots, fill.first):
@@ -169,6 +172,8 @@ class Fills:
                 # Freed before the readers' copies below are listed, but the engine executes the list in order, and
                 # nothing has been listed in between that writes to the slot.
                 block_map.release(slot)
+        if self.filled is not None and result == 0:
+            self.filled(fill)
         if fill.tag != NOBODY:
             if result == 0:
                 self._io.operations.append(op.OUT1 | fill.tag << 8 | fill.slots[0] << 32)

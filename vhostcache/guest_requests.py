@@ -28,6 +28,8 @@ ETIMEDOUT: Final = 110
 DEFINITE: Final = frozenset((-14, -22, -ENODATA, -74, -95))
 """A read that fails so does not succeed later: bad address, invalid, no data (the image has shrunk), a wrong checksum,
 not supported."""
+GONE: Final = -4096
+"""In place of an errno: it was to be read from the read cache, and has to come from elsewhere."""
 READ_PAUSE_FIRST_NS: Final = 100_000_000
 READ_PAUSE_MAX_NS: Final = 5_000_000_000
 INTERNAL: Final = -1
@@ -316,7 +318,7 @@ class GuestRequests:
     def _part_done(self, job: ReadJob, result: int, on_backend: bool) -> None:
         job.parts -= 1
         if result < 0:
-            job.failed(result, on_backend and result not in DEFINITE)
+            job.failed(result, result == GONE or (on_backend and result not in DEFINITE))
         if job.parts == 0 and not job.over:
             self._read_over(job)
 
@@ -327,7 +329,7 @@ class GuestRequests:
 
     def _retry_filled(self, request: Parked, result: int, on_backend: bool) -> None:
         """A fill that a parked change waited for has ended. A change waits for the backend as long as it takes."""
-        if result == 0:
+        if result in (0, GONE):
             self._filled(request)
         elif on_backend and result not in DEFINITE:
             self._retry_later(request, result)
@@ -358,6 +360,8 @@ class GuestRequests:
         elif not job.waits or self.now_ns >= job.deadline_ns:
             self._notice_error("read", job.error)
             self._complete(job.tag, op.STATUS_IOERR)
+        elif job.error == GONE:
+            self._read(job.tag, job.sector, job.sectors, job.deadline_ns)
         else:
             self._retry_later((op.REQUEST_READ, job.tag, job.sector, job.sectors, job.deadline_ns), job.error)
 
@@ -409,12 +413,14 @@ class GuestRequests:
 class DirectRead:
     """A part of a request that the backend reads into guest memory."""
 
-    __slots__ = ("_owner", "address", "job")
+    __slots__ = ("_owner", "address", "count", "first", "job")
 
     def __init__(self, owner: "GuestRequests", job: ReadJob) -> None:
         self._owner = owner
         self.address = 0
-        """Where in the log; 0: on the backend."""
+        """Where in the log or the read cache; 0: on the backend."""
+        self.first = self.count = 0
+        """Blocks, of such a read."""
         self.job = job
 
     def io_done(self, result: int) -> None:

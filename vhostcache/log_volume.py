@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from vhostcache import operations as op
+from vhostcache.eviction import Eviction
 from vhostcache.fill import NOBODY, Fill, ReadJob
 from vhostcache.guest_requests import (
+    GONE,
     STREAM_REQUEST_SECTORS,
     DirectRead,
     GuestRequests,
@@ -34,6 +36,7 @@ from vhostcache.log.destage import LogDestager, LogDestageSettings
 from vhostcache.log.index import LogIndex
 from vhostcache.log.losses import Losses
 from vhostcache.log.pace import Pacer
+from vhostcache.log.read_ring import STORED, ReadRing
 from vhostcache.log.recovery import Recovered
 from vhostcache.log.superblock import WRITE_CACHE_OFF, WRITE_CACHE_ON, WRITE_CACHE_UNKNOWN
 from vhostcache.log.writer import LogWriter
@@ -42,6 +45,8 @@ from vhostcache.readcache import HITS_MAX
 
 VOLATILE_BLOCKS: Final = 1024
 """With so much accepted and not durable (4 MiB) a fdatasync is worth its while: its slots can be given up then."""
+LAST_SHARE: Final = 4
+"""What is read in the last quarter of the log is offered to the read cache, for the log will soon be without it."""
 ZERO_SLOT: Final = 1
 """A slot of zeroes that is never written."""
 
@@ -73,10 +78,16 @@ class LogVolumeSettings(VolumeSettings):
 
 
 class LogVolume(GuestRequests):
-    """See the module. `recovered` is what recovery has made of the cache file; the engine has its log ready."""
+    """See the module. `recovered` is what recovery has made of the cache file; the engine has its log ready, and the
+    crcs of what `eviction`, if there is a read cache, has."""
 
     def __init__(
-        self, settings: LogVolumeSettings, operations: list[int], recovered: Recovered, groups: int = op.GROUPS
+        self,
+        settings: LogVolumeSettings,
+        operations: list[int],
+        recovered: Recovered,
+        groups: int = op.GROUPS,
+        eviction: Eviction | None = None,
     ) -> None:
         block_map = Map(settings.slots, settings.object_bytes // op.BLOCK_BYTES)
         super().__init__(settings, operations, block_map, groups)
@@ -131,6 +142,13 @@ class LogVolume(GuestRequests):
         )
         self._pacer = Pacer(ring_blocks)
         self._fills.log_done = self._log_read_done
+        self.read_ring: ReadRing | None = None
+        if eviction is not None:
+            self.read_ring = ReadRing(eviction, ring_blocks, block_map, self._cache, self._io)
+            self._writer.dropped = self.read_ring
+            self._fills.filled = self._offer
+        self.log_hits = 0
+        self.read_cache_hits = 0
         self._favourite = NOBODY
         """The tag of the request that may read into RAM while slots are scarce, and the slots it keeps."""
         self._kept: list[int] = []
@@ -289,7 +307,11 @@ class LogVolume(GuestRequests):
             if destager.settled and clean < self._index.clean_below(writer.head) and not checkpointer.running:
                 checkpointer.request()
         if self._closing and not (
-            (self._draining and not destager.settled) or destager.busy or checkpointer.closing or checkpointer.running
+            (self._draining and not destager.settled)
+            or destager.busy
+            or checkpointer.closing
+            or checkpointer.running
+            or (self.read_ring is not None and self.read_ring.busy)
         ):
             checkpointer.closing = True
             checkpointer.request(self._closed)
@@ -387,6 +409,9 @@ class LogVolume(GuestRequests):
             "evictions": self._cache.evictions,
             "room_waits": self.room_waits,
             "waiting_for_room": len(self._room),
+            "log_hits": self.log_hits,
+            "read_cache_hits": self.read_cache_hits,
+            **(self.read_ring.statistics() if self.read_ring is not None else {}),
             "waiting_for_backend": len(self._retries),
             "read_retries": self.read_retries,
             "read_timeouts": self.read_timeouts,
@@ -494,7 +519,7 @@ class LogVolume(GuestRequests):
                 if self._favourite == request[1]:
                     self._keep(block)
                 continue
-            value = self._index.lookup(block)
+            value = self._locate(block)
             if value & 1:
                 continue
             fill = self._fills.by_block.get(block)
@@ -682,24 +707,54 @@ class LogVolume(GuestRequests):
 
     # --- reads ---
 
-    def _log_read_begins(self, address: int) -> None:
+    def _locate(self, block: int) -> int:
+        """Where the newest content is that RAM does not have, as LogIndex.lookup says it, or in the read cache."""
+        value = self._index.lookup(block)
+        return value if value or self.read_ring is None else self.read_ring.value(block)
+
+    def _offset(self, address: int) -> int:
+        """Where in the cache file."""
+        if address >= STORED:
+            assert self.read_ring is not None
+            return self.read_ring.offset(address)
+        return fmt.offset_bytes(address, self._writer.ring_blocks)
+
+    def _log_read_begins(self, address: int, count: int) -> None:
+        if address >= STORED:
+            assert self.read_ring is not None
+            self.read_ring.read_begins(address, count)
+            return
         reading = self._writer.reading
         reading[address] = reading.get(address, 0) + 1
 
-    def _log_read_done(self, address: int) -> None:
+    def _log_read_done(self, address: int, first: int, count: int, result: int) -> int:
+        """Returns what the readers are to be told."""
+        if address >= STORED:
+            assert self.read_ring is not None
+            self.read_ring.read_done(address, first, count, result)
+            return GONE if result < 0 else 0
         reading = self._writer.reading
         reading[address] -= 1
         if not reading[address]:
             del reading[address]
+        return result
+
+    def _offer(self, fill: Fill) -> None:
+        """A fill has brought blocks that the read cache may want: from the backend, or from the part of the log that is
+        the next to go."""
+        assert self.read_ring is not None
+        writer = self._writer
+        old = writer.head - writer.ring_blocks + writer.ring_blocks // LAST_SHARE
+        if fill.address < old and not self._closing:
+            self.read_ring.offer(fill.first, fill.slots)
 
     def _begin_fill(self, first: int, count: int, address: int) -> Fill:
         """Blocks from the log (0: from the backend) to slots, for which there is room."""
         slots = self._map.take(count)
         if not address:
             return self._fills.begin(first, slots)
-        self._log_read_begins(address)
-        offset = fmt.offset_bytes(address, self._writer.ring_blocks)
-        return self._fills.begin_log(first, slots, address, offset)
+        self._log_read_begins(address, count)
+        return self._fills.begin_log(first, slots, address, self._offset(address))
 
     def _read(self, tag: int, sector: int, sectors: int, deadline_ns: int) -> None:
         """Each run of blocks from where it is: RAM, a fill in flight, the log, or the backend."""
@@ -714,8 +769,8 @@ class LogVolume(GuestRequests):
             self._writer.commit_soon()
             return
         stream = sectors >= STREAM_REQUEST_SECTORS and self._is_stream(sector, sectors)
-        bypass = stream or sectors >= self._direct_sectors
-        where, by_block, lookup = self._map.where, self._fills.by_block, self._index.lookup
+        bypass = stream or (sectors >= self._direct_sectors and self.read_ring is None)
+        where, by_block, lookup = self._map.where, self._fills.by_block, self._locate
         job = self._new_job(tag, sector, sectors, deadline_ns)
         block = first
         while block < end:
@@ -744,7 +799,12 @@ class LogVolume(GuestRequests):
                 self._operations += [ZERO_SLOT] * (block - start)
                 self.hits += block - start
                 continue
-            self.misses += block - start
+            if value >= STORED << 1:
+                self.read_cache_hits += block - start
+            elif value:
+                self.log_hits += block - start
+            else:
+                self.misses += block - start
             if bypass and not value and start == first and block == end and not self._timeout_ns:
                 self._alone[tag] = sector << 16 | sectors
                 self._io.read_request(tag, sector * op.SECTOR_BYTES, sectors * op.SECTOR_BYTES)
@@ -757,7 +817,7 @@ class LogVolume(GuestRequests):
 
     def _run_end(self, start: int, end: int, value: int) -> int:
         """How far blocks are where `start` is: all zero, in a row in the log, or on the backend."""
-        where, by_block, lookup = self._map.where, self._fills.by_block, self._index.lookup
+        where, by_block, lookup = self._map.where, self._fills.by_block, self._locate
         ring_blocks = self._writer.ring_blocks
         block = start + 1
         while block < end and block not in where and block not in by_block:
@@ -771,7 +831,7 @@ class LogVolume(GuestRequests):
         return block
 
     def _is_absent(self, block: int) -> bool:
-        return super()._is_absent(block) and not self._index.lookup(block)
+        return super()._is_absent(block) and not self._locate(block)
 
     def _fetch(self, job: ReadJob, sector: int, sectors: int, first: int, end: int, address: int, bypass: bool) -> None:
         """A run of blocks that only the log (0: the backend) has: through slots, so that they stay, or, if RAM has no
@@ -798,9 +858,9 @@ class LogVolume(GuestRequests):
         job.direct = True
         self._direct[read] = None
         if address:
-            self._log_read_begins(address)
-            read.address = address
-            offset = fmt.offset_bytes(address, self._writer.ring_blocks)
+            self._log_read_begins(address, end - first)
+            read.address, read.first, read.count = address, first, end - first
+            offset = self._offset(address)
             self._io.log_read_direct(self._io.begin(read), job.tag, payload, offset, size)
         else:
             self._io.read_direct(self._io.begin(read), job.tag, payload, first * op.BLOCK_BYTES + skip, size)
@@ -808,7 +868,7 @@ class LogVolume(GuestRequests):
     def direct_done(self, read: DirectRead, result: int) -> None:
         """See GuestRequests."""
         if read.address:
-            self._log_read_done(read.address)
+            result = self._log_read_done(read.address, read.first, read.count, result)
         super().direct_done(read, result)
 
 

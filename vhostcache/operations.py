@@ -29,6 +29,7 @@ PUBLISH: Final = 20
 LOG1: Final = 21
 LOG_SEQ: Final = 22
 RETIRE: Final = 23
+STORE: Final = 24
 
 GROUPS: Final = 16384
 FIRST_SLOT: Final = 3

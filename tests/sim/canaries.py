@@ -4,6 +4,7 @@ A canary is a patch of the code under test, never a switch in it. `plant` lasts 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 from tests.sim import engine
@@ -11,7 +12,7 @@ from tests.sim.world import FOCUS
 from vhostcache import guest_requests, log_volume
 from vhostcache import operations as op
 from vhostcache.fill import Fills
-from vhostcache.log import checkpoint, decision, destage, index, recovery, walk, writer
+from vhostcache.log import checkpoint, decision, destage, index, read_ring, recovery, walk, writer
 from vhostcache.log.superblock import A_OFFSET_BYTES, B_OFFSET_BYTES
 from vhostcache.map import DIRTY, FREE, ORPHAN, WRITING
 
@@ -28,6 +29,11 @@ for _name in (
 ):
     SIZES[_name] = FOCUS[4]
 SIZES["epoch-in-one-superblock"] = {"openings": 2, "steps": 30, "flips": 1.0, "recovery_crashes": 0.0}
+
+_READS: Final = {"read_blocks": 60, "writes": 0.5, "ring_blocks": 40, "destage_after_ms": 0, "flips": 0.0}
+SIZES["read-cache-not-dropped-on-write"] = SIZES["read-cache-not-dropped-on-discard"] = _READS
+SIZES["read-cache-overtaken-by-a-write"] = _READS
+SIZES["read-cache-trusted-after-a-crash"] = {**_READS, "openings": 4, "shutdowns": 0.6}
 
 
 def plant(name: str) -> None:
@@ -390,3 +396,52 @@ def rot_taken_for_the_end() -> None:
     """Hazard 6: nobody looks behind the end of the log, nor at the durable address."""
     decision.Situation.witness_seq = property(lambda self: 0)  # type: ignore[assignment, method-assign]
     decision.Situation.log_broken = property(lambda self: False)  # type: ignore[assignment, method-assign]
+
+
+# The read cache.
+
+
+@canary
+def read_cache_not_dropped_on_write() -> None:
+    """Hazard 10: what has been overwritten is found there when the log has gone on."""
+    _patch(read_ring.ReadRing, "drop", lambda original, self, blocks: None)
+
+
+@canary
+def read_cache_not_dropped_on_discard() -> None:
+    """The same for zeroes."""
+    _patch(read_ring.ReadRing, "drop_range", lambda original, self, first, end: None)
+
+
+@canary
+def read_cache_overtaken_by_a_write() -> None:
+    """A block is admitted although it has been overwritten while it was on its way to the cache device."""
+
+    def drop(original: Any, self: Any, blocks: Any) -> None:
+        writing = dict(self._writing)
+        original(self, blocks)
+        self._writing.update(writing)
+
+    _patch(read_ring.ReadRing, "drop", drop)
+
+
+@canary
+def read_cache_trusted_after_a_crash() -> None:
+    """The index of an earlier end in good order is believed after whatever has come since."""
+
+    def load(original: Any, disk: Any, recovered: Any) -> Any:
+        before = recovered.finding.superblock
+        if before is None:
+            return None
+        positions = read_ring.positions_of(before.read_blocks)
+        at = read_ring.offset_bytes(before.ring_blocks) + positions * 4096
+        epoch = int.from_bytes(disk.read(at, 4096)[32:40], "little")
+        finding = replace(
+            recovered.finding,
+            superblock=replace(before, clean=True, epoch=epoch),
+            decision=decision.Decision.WARM,
+            evicts=False,
+        )
+        return original(disk, replace(recovered, finding=finding))
+
+    _patch(read_ring, "load", load)

@@ -150,6 +150,7 @@ class Engine:
         operations: list[int],
         tier: Tier,
         ring_blocks: int,
+        positions: int = 0,
     ) -> None:
         self.rng = rng
         self.guest = guest
@@ -159,7 +160,8 @@ class Engine:
         self.slab = tier.slab
         self.tier = tier
         self.ring_blocks = ring_blocks
-        self.crcs = [0] * ring_blocks
+        self.crcs = [0] * (ring_blocks + positions)
+        self.positions = positions
         self.previous_crc = 0
         self.log_seq = 0
         self.io: list[Io] = []
@@ -292,6 +294,8 @@ class Engine:
             io = Io(CACHE_WRITE, group, offset // BLOCK, 1)
             io.data = [data + bytes(BLOCK - len(data))]
             self._begin(io)
+        elif code == op.STORE:
+            self._store_blocks(argument, words)
         elif code in (op.LOG_READ, op.LOG_READ_DIRECT):
             self._log_read(code, name, argument, words)
         elif code == op.LOG_SEQ:
@@ -482,6 +486,18 @@ class Engine:
         extents = words[5] & 0xFFFFFFFF
         self.crcs[position : position + count] = struct.unpack_from(f"<{count}I", header, 64 + 8 * extents)
 
+    def _store_blocks(self, count: int, words: Iterator[int]) -> None:
+        group, offset = next(words), next(words)
+        io = Io(CACHE_WRITE, group, offset // BLOCK, count)
+        io.slots = [next(words) for _ in range(count)]
+        io.data = [self.slab[slot] for slot in io.slots]
+        first = io.block - RING_BLOCK
+        assert self.ring_blocks <= first <= first + count <= self.ring_blocks + self.positions
+        assert not any(other.kind == CACHE_READ and _overlap(io, other) for other in self.io)
+        self.crcs[first : first + count] = [crc32c(data) for data in io.data]
+        self.states["blocks go to the read cache"] += 1
+        self._begin(io)
+
     def _log_read(self, code: int, name: int, count: int, words: Iterator[int]) -> None:
         word, offset = next(words), next(words)
         direct = code == op.LOG_READ_DIRECT
@@ -491,7 +507,12 @@ class Engine:
         assert size > 0
         io = Io(CACHE_READ, word & 0xFFFFFFFF, offset // BLOCK, size // BLOCK)
         assert io.block >= RING_BLOCK
-        assert io.block + io.count <= RING_BLOCK + self.ring_blocks, "a log read beyond the ring's end"
+        in_ring = io.block < RING_BLOCK + self.ring_blocks
+        end = RING_BLOCK + self.ring_blocks + (0 if in_ring else self.positions)
+        assert io.block + io.count <= end, "a log read beyond the ring's end"
+        if not in_ring:
+            self.states["the read cache is read"] += 1
+            assert not any(other.kind == CACHE_WRITE and _overlap(io, other) for other in self.io)
         if direct:
             io.tag, io.payload, io.size = name, word >> 32, size
             assert io.payload + size <= len(self.guest.live[name].payload)
@@ -603,6 +624,10 @@ class Engine:
         self.io = []
         self.landed = []
         self.forget_incoming()
+
+
+def _overlap(io: Io, other: Io) -> bool:
+    return io.block < other.block + other.count and other.block < io.block + io.count
 
 
 _NAMES: Final = {

@@ -7,6 +7,7 @@ the log wraps, fills, and is checkpointed all the time.
 """
 
 import random
+import struct
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +32,8 @@ from tests.sim.guest import Guest, Wrong, describe
 from tests.sim.medium import BLOCK, SECTOR, ZEROES, Crash, Medium, SyncDisk, blocks_of
 from vhostcache import operations as op
 from vhostcache.errors import OperationError
-from vhostcache.log import recovery
+from vhostcache.eviction import Eviction
+from vhostcache.log import read_ring, recovery
 from vhostcache.log import superblock as superblocks
 from vhostcache.log import tier as log_tier
 from vhostcache.log.recovery import BackendFacts, Recovered
@@ -55,6 +57,7 @@ STATES: Final = (
     "a request with a record of its own",
     "backend has no space",
     "backend outage",
+    "blocks go to the read cache",
     "backend read failed",
     "backend sync failed",
     "backend write failed",
@@ -100,6 +103,8 @@ STATES: Final = (
     "the backend is read for a whole object",
     "the backend is read into guest memory",
     "the log is full",
+    "the read cache is read",
+    "the read cache is warm",
     "the log is read",
     "the log is read into guest memory",
     "the log wraps",
@@ -122,6 +127,8 @@ class Sizes:
     entries: int
     record_blocks: int
     ring_blocks: int
+    read_blocks: int
+    """Of the read cache; 0: there is none."""
     fill_blocks: int
     direct_blocks: int
     openings: int
@@ -238,6 +245,7 @@ def choose_independent_sizes(rng: random.Random) -> Sizes:
         entries=pick(24, 64),
         record_blocks=pick(4, 8),
         ring_blocks=pick(40, 200) if random_number() < 0.5 else pick(40, 80),
+        read_blocks=pick(20, 60) if random_number() < 0.6 else 0,
         fill_blocks=(1, 1, 4)[pick(0, 2)],
         direct_blocks=(2, 8, 32)[pick(0, 2)],
         openings=pick(1, 4),
@@ -284,7 +292,7 @@ class World:
         self.guest = Guest(size.blocks * 8 - size.missing_sectors)
         self.guest.unsafe = size.ignore_flush
         self.guest.write_through = size.acknowledge_durable and not size.ignore_flush
-        self.cache = Medium(RING_BLOCK + size.ring_blocks, self.rng)
+        self.cache = Medium(RING_BLOCK + size.ring_blocks + size.read_blocks, self.rng)
         self.backend = Medium(size.blocks, self.rng)
         self.tiers: dict[bytes, Tier] = {}
         """The files on tmpfs, by their uuid."""
@@ -376,7 +384,7 @@ class World:
 
     def create(self) -> None:
         """A new cache file."""
-        recovery.create(SyncDisk(self.cache), UUID, self.backend_facts())
+        recovery.create(SyncDisk(self.cache), UUID, self.backend_facts(), self.sizes.read_blocks)
 
     def open(self) -> bool:
         """Recover, start the core, read everything; False if the log was refused, and rightly so."""
@@ -447,7 +455,14 @@ class World:
         self.growing = False
         operations: list[int] = []
         self.engine = engine = Engine(
-            self.rng, self.guest, self.cache, self.backend, operations, tier, recovered.ring_blocks
+            self.rng,
+            self.guest,
+            self.cache,
+            self.backend,
+            operations,
+            tier,
+            recovered.ring_blocks,
+            read_ring.positions_of(size.read_blocks),
         )
         engine.trace = self.trace
         engine.states = self.states
@@ -481,7 +496,21 @@ class World:
             operations,
             recovered,
             groups=GROUPS,
+            eviction=self.load_read_cache(recovered),
         )
+
+    def load_read_cache(self, recovered: Recovered) -> Eviction | None:
+        """As the daemon does it."""
+        positions = read_ring.positions_of(recovered.superblock.read_blocks)
+        if not positions:
+            return None
+        found = read_ring.load(SyncDisk(self.cache), recovered)
+        if found is None:
+            return Eviction(positions)
+        self.states["the read cache is warm"] += 1
+        eviction, crcs = found
+        self.engine.crcs[recovered.ring_blocks :] = memoryview(crcs).cast("I").tolist()
+        return eviction
 
     def judge(self) -> bool:
         """Read the whole disk: it must be what was promised. Then the front-end submits again what was not answered."""
@@ -804,6 +833,12 @@ class World:
         self.volume.close(lambda: self.backend.stamp)
         self.engine.deadline_ns = 0
         self.until(lambda: self.volume.closed, "close")
+        if self.volume.read_ring is not None:
+            live, crcs = self.cache.live, self.engine.crcs[self.sizes.ring_blocks :]
+            block = superblocks.newest(superblocks.unpack(live[0]), superblocks.unpack(live[1]))
+            assert block is not None
+            disk = SyncDisk(self.cache, 1 + int(self.rng.random() * 4) if self.rng.random() < 0.1 else -1)
+            read_ring.save(disk, block, self.volume.read_ring.eviction, struct.pack(f"<{len(crcs)}I", *crcs))
         self.states["clean shutdown"] += 1
         self.closed_cleanly = True
 

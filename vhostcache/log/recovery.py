@@ -97,11 +97,12 @@ class Recovered:
         return self.next_seq - 1
 
 
-def create(disk: Disk, uuid: bytes, backend: BackendFacts) -> Superblock:
+def create(disk: Disk, uuid: bytes, backend: BackendFacts, read_blocks: int = 0) -> Superblock:
     """Make an empty log in the file, whatever it holds. `uuid`: 16 random bytes, never those of an older cache.
+    The last `read_blocks` are left to a read cache.
 
     A crash leaves no superblock, or a good one."""
-    ring_blocks = ring_blocks_of(disk.size_bytes)
+    ring_blocks = ring_blocks_of(disk.size_bytes) - read_blocks
     assert ring_blocks > 0
     new = Superblock(
         uuid=uuid,
@@ -116,6 +117,7 @@ def create(disk: Disk, uuid: bytes, backend: BackendFacts) -> Superblock:
         clean_address=ring_blocks,
         durable_address=ring_blocks,
         durable_seq=0,
+        read_blocks=read_blocks,
         clean=True,
     )
     # Superblocks of a former cache here could be of a larger generation.
@@ -136,6 +138,7 @@ def recover(
     accept_lost_tier: bool = False,
     progress: Progress | None = None,
     visit: Visit | None = None,
+    read_blocks: int | None = None,
 ) -> Recovered:
     """Open the log: a new epoch, and everything that was acknowledged is in it and durable.
 
@@ -143,6 +146,7 @@ def recover(
     `examine(...).next_epoch`, and the old one may be removed only when this has returned: at each moment the
     superblocks name a file that exists. CacheError: a row of the table refuses, and nothing has been changed. `visit`
     is handed every record in log order, also those that the decision then forgets (below `tail_address`).
+    `read_blocks`: the size of the read cache from now on, if that is to be another one; the file has room for it.
     """
     situation = Situation(disk, tier, boot_id, backend, accept_lost_tier, progress, visit)
     finding = judge(situation, subject)
@@ -164,6 +168,7 @@ def recover(
         durable_seq=log.next_seq - 1,
         boot_id=boot_id,
         tier_uuid=old.tier_uuid if finding.replay else tier_uuid,
+        read_blocks=old.read_blocks if read_blocks is None else read_blocks,
         clean=False,
         cold=False,
         generation=old.generation + 1,

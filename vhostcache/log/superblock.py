@@ -33,8 +33,9 @@ _FLAG_CLEAN: Final = 1
 _FLAG_COLD: Final = 2
 
 # magic, version, crc, uuid, generation | ring, epoch, open seq, tail address, tail seq, clean, durable address, durable
-# seq | boot id, tier uuid, write cache, flags | backend size, mtime, identity's length, 0, identity
-_LAYOUT: Final = Struct(f"<8sII16sQ8Q16s16sIIQqII{IDENTITY_BYTES}s")
+# seq | boot id, tier uuid, write cache, flags | backend size, mtime, identity's length, 0, identity |
+# blocks of the read cache
+_LAYOUT: Final = Struct(f"<8sII16sQ8Q16s16sIIQqII{IDENTITY_BYTES}sQ")
 _CRC_BYTES: Final = 12
 
 
@@ -66,6 +67,8 @@ class Superblock:
     """Closed in good order: all of the log is durable, and the RAM tier was empty."""
     cold: bool = False
     """Nothing cached may be believed: the image has been in other hands."""
+    read_blocks: int = 0
+    """Of the read cache, behind the ring. Programs that do not know the field leave it 0: there is none then."""
     generation: int = 1
     """Of two copies, the one with the larger number is newer."""
 
@@ -109,6 +112,7 @@ class Superblock:
                 len(self.backend_identity),
                 0,
                 self.backend_identity,
+                self.read_blocks,
             )
         )
         crc = crc32c(bytes(BLOCK_BYTES - len(packed)), crc32c(packed))
@@ -145,6 +149,7 @@ def unpack(data: bytes) -> Superblock | None:
         identity_bytes,
         _,
         identity,
+        read_blocks,
     ) = _LAYOUT.unpack_from(data)
     if version != VERSION or crc32c(block) != crc:
         return None
@@ -166,6 +171,7 @@ def unpack(data: bytes) -> Superblock | None:
         write_cache=write_cache,
         clean=flags & _FLAG_CLEAN != 0,
         cold=flags & _FLAG_COLD != 0,
+        read_blocks=read_blocks,
         generation=generation,
     )
 

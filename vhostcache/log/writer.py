@@ -13,8 +13,8 @@ decides what a request means, and never touches the backend.
 """
 
 from collections import deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 from vhostcache import operations as op
 from vhostcache.backend_io import BackendIo
@@ -106,6 +106,14 @@ class LogFlush:
         self._writer.flushed(self, result)
 
 
+class Overwritten(Protocol):
+    """Who has to know which blocks have newer content, before the log can forget that."""
+
+    def drop(self, blocks: Sequence[int]) -> None: ...
+
+    def drop_range(self, first: int, end: int) -> None: ...
+
+
 class LogWriter:
     """See the module. `magic`, `epoch`: as in every header. `tail`: where the ring begins to be in use."""
 
@@ -135,6 +143,7 @@ class LogWriter:
         self._io = io
         self._index = index
         self.notices = notices
+        self.dropped: Overwritten | None = None
         self._magic = magic
         self._epoch = epoch
         self.ring_blocks = ring_blocks
@@ -521,8 +530,12 @@ class LogWriter:
                     index.lose(block, block + count, record.address)
                 elif kind != fmt.PAD:
                     index.zero_durable(block, block + count, record.address, self.now_ns)
+                    if self.dropped is not None:
+                        self.dropped.drop_range(block, block + count)
             if record.blocks:
                 index.add(record.blocks, record.address + record.header_blocks, self.now_ns)
+                if self.dropped is not None:
+                    self.dropped.drop(record.blocks)
                 for slot in record.payload:
                     if state[slot] == WRITING:
                         state[slot] = CLEAN

@@ -53,7 +53,7 @@ void connection_open(struct volume *volume, int fd)
     memset(connection, 0, sizeof *connection);
     connection->volume = volume;
     connection->reply_fd = -1;
-    volume->handing_over = volume->may_stop = false;
+    volume->handing_over = volume->may_stop = volume->given_up = false;
     volume->message[0] = 0;
     if (!vu_init(&connection->dev, volume->config.num_queues, fd, connection_panic, hand_over, set_watch, remove_watch,
                  &connection_interface)) {

@@ -150,6 +150,7 @@ struct volume {
     bool on_hold;      /* nothing is popped meanwhile */
     bool handing_over; /* the core has been told that the front-end's last queue wants to stop in a migration */
     bool may_stop;     /* ... and lets it, though the storage stays */
+    bool given_up;     /* queues stop as outside of a migration, until one starts */
     struct vblk_limits limits;
     uint8_t config_space[60];
     uint8_t *slab;

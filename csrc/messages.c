@@ -202,7 +202,7 @@ static enum verdict judge_queue(struct connection *connection, const VhostUserMs
             return VERDICT_PROCESS;
         /* The in-flight area does not migrate: what is dropped while the log is on would be lost. With the last queue the disk goes over
          * to the other side, which may start its own as soon as this is answered. */
-        if (connection->dev.features & BIT(VHOST_F_LOG_ALL))
+        if (connection->dev.features & BIT(VHOST_F_LOG_ALL) && !connection->volume->given_up)
             return connection->running_queues == 1 ? VERDICT_HAND_OVER : VERDICT_SETTLE;
         return queue->vq->inflight ? VERDICT_SETTLE_OR_DROP : VERDICT_SETTLE;
     default:

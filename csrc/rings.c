@@ -208,6 +208,7 @@ bool queue_start(struct connection *connection, struct queue *queue)
     vq->shadow_avail_idx = vq->last_avail_idx;
     if (vq->inflight && !resume(connection, queue))
         return false;
+    volume->given_up = false;
     if (!queue->running) {
         queue->running = true;
         connection->running_queues++;

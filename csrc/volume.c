@@ -224,6 +224,18 @@ void vhc_volume_stopped(vhc_engine *engine, uint32_t number)
     engine->volumes[number]->may_stop = engine->volumes[number]->handing_over;
 }
 
+int vhc_volume_give_up(vhc_engine *engine, uint32_t number)
+{
+    assert(number < engine->volumes_count);
+    struct volume *volume = engine->volumes[number];
+    struct connection *connection = &volume->connection;
+    if (connection->state != CONNECTION_ACTIVE || !connection->held || connection->message.request != VHOST_USER_GET_VRING_BASE ||
+        connection_settled(connection))
+        return 0;
+    volume->given_up = true;
+    return 1;
+}
+
 void vhc_volume_disconnect(vhc_engine *engine, uint32_t number)
 {
     assert(number < engine->volumes_count);

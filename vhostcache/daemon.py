@@ -647,6 +647,8 @@ class Daemon:
         volume, log, name = served.volume, self._log, served.name
         if kind == EVENT_QUIESCE:
             volume.quiesce(bool(argument))
+            served.hand_over.quiesced(now_ns)
+            self._rare = self._rare or served.hand_over.busy
         elif kind == EVENT_CONNECTED:
             served.connected = True
             volume.connected()
@@ -1060,6 +1062,9 @@ class _Storage:
 
     def stopped(self) -> None:
         self._daemon._engine.volume_stopped(self._index)
+
+    def give_up(self) -> bool:
+        return self._daemon._engine.give_up_volume(self._index)
 
     def cut_off(self) -> None:
         self._daemon._engine.disconnect_volume(self._index)

@@ -340,6 +340,11 @@ class Engine:
         """Let the front-end's last queue stop, as VHC_EV_HAND_OVER asked, though the storage stays."""
         lib.vhc_volume_stopped(self._engine, self._checked(index))
 
+    def give_up_volume(self, index: int) -> bool:
+        """Let a queue stop that waits, in a migration, for requests that nothing answers: its front-end can go on
+        nowhere but here. False: none does."""
+        return bool(lib.vhc_volume_give_up(self._engine, self._checked(index)))
+
     def disconnect_volume(self, index: int) -> None:
         """Cut off its front-end, if there is one; it may come again."""
         lib.vhc_volume_disconnect(self._engine, self._checked(index))

@@ -12,6 +12,7 @@ Invariants:
 - without storage no request is taken; the storage is taken whole, locks and all, or not at all;
 - the front-end hears that its queue has stopped when the storage has been let go of, or when `timeout_ns` has passed:
   then the locks stay here, the other daemon waits for them, and the hand-over is finished when the image allows;
+- a guest whose requests nothing answers does not migrate: they exist here only, so the storage stays here;
 - an image that cannot be locked is only answered for when it has been let go of, however long that takes: nothing else
   would keep the other daemon from it;
 - what the log knew of the image is not believed when it comes back.
@@ -76,6 +77,10 @@ class Storage(Protocol):
     def stopped(self) -> None:
         """The queue that waits may stop."""
 
+    def give_up(self) -> bool:
+        """A queue waits for requests that nothing answers: it may stop with them unanswered. False: none does."""
+        ...
+
     def cut_off(self) -> None:
         """The front-end, which may come again."""
 
@@ -97,6 +102,8 @@ class HandOver:
         self._migrating = False
         self._answered = False
         """The front-end knows that its queue has stopped."""
+        self._unsettled_ns = NEVER
+        """Since when the front-end waits for the end of requests, perhaps to stop a queue."""
 
     @property
     def is_held(self) -> bool:
@@ -105,7 +112,9 @@ class HandOver:
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
-        return self.where not in (Where.HELD, Where.AWAY) or (self.where is Where.AWAY and bool(self._queues))
+        if self.where is Where.HELD:
+            return self._unsettled_ns != NEVER
+        return self.where is not Where.AWAY or bool(self._queues)
 
     # What happens.
 
@@ -113,13 +122,20 @@ class HandOver:
         """The front-end begins to note dirty pages, or no longer does."""
         if on != self._migrating:
             self._migrating = on
+            self._unsettled_ns = NEVER
             if self.where is Where.HELD:
                 self._storage.hurry(on)
                 fields = {"dirty_bytes": self._storage.dirty_bytes()} if on else {}
                 self._storage.tell("info", "migrating" if on else "not-migrating", **fields)
 
+    def quiesced(self, now_ns: int) -> None:
+        """The front-end waits until all requests have been answered."""
+        if self.where is Where.HELD and self._migrating:
+            self._unsettled_ns = now_ns
+
     def asked(self, now_ns: int) -> None:
         """The last queue is to stop, in a migration, and all requests have been answered."""
+        self._unsettled_ns = NEVER
         if self.where is not Where.HELD:
             self._storage.stopped()
             return
@@ -143,6 +159,7 @@ class HandOver:
         """The front-end has gone. If it has not been told that its queue has stopped, no other side can go on."""
         self._queues.clear()
         self._migrating = False
+        self._unsettled_ns = NEVER
         if self.where is Where.DRAINING and not self._answered:
             self._keep("the front-end has gone")
         elif self.where is Where.HELD:
@@ -151,6 +168,8 @@ class HandOver:
 
     def step(self, now_ns: int) -> int:
         """What can be done now. Returns when it wants to be called again."""
+        if self.where is Where.HELD:
+            return self._wait_for_requests(now_ns)
         if self.where is Where.DRAINING and self._storage.drained():
             self.where = Where.CLOSING
             self._storage.close()
@@ -187,6 +206,19 @@ class HandOver:
 
     def _is_overdue(self, now_ns: int) -> bool:
         return now_ns - self._began_ns >= self._timeout_ns
+
+    def _wait_for_requests(self, now_ns: int) -> int:
+        """They wait for the image, and the front-end for them."""
+        if self._unsettled_ns == NEVER:
+            return NEVER
+        due_ns = self._unsettled_ns + self._timeout_ns
+        if now_ns < due_ns:
+            return due_ns
+        self._unsettled_ns = NEVER
+        if self._storage.give_up():
+            hint = "they exist here only: let the guest go on here, and migrate it when the image answers"
+            self._storage.tell("error", "hand-over-refused", reason="requests wait for the image", hint=hint)
+        return NEVER
 
     def _wait_to_let_go(self, now_ns: int) -> int:
         overdue = self._is_overdue(now_ns)

@@ -350,6 +350,37 @@ def test_a_source_whose_image_is_away_keeps_it_and_lets_go_when_it_can(
         daemon.reap()
 
 
+def test_a_guest_whose_requests_nothing_answers_stays_where_they_are(
+    make: Callable[..., Side], tmp_path: Path, ram_dir: Path, image: Path
+) -> None:
+    outage = tmp_path / "outage"
+    fault = {"fault": {"kind": "read", "while_exists": str(outage)}}
+    backend = {"path": str(image), "wrap": [fault]}
+    daemon = serve(tmp_path, ram_dir, image, "a", backend=backend, hand_over_timeout="1s")
+    b = make("b", "--incoming", "--hand-over-timeout=1s")
+    try:
+        daemon.start()
+        with Migrating(tmp_path / "a.sock", queues=2, protocol=PROTOCOL) as source:
+            outage.touch()
+            reads = [source.start_read(8192 * queue, PAGE, queue=queue) for queue in range(2)]
+            source.begin()
+            with b.waiting() as destination:
+                stop(source)
+                assert daemon.events("hand-over-refused")
+                start(destination)
+                destination.expect_gone()
+            outage.unlink()
+            source.cancel()
+            start(source)
+            for queue, read in enumerate(reads):
+                assert source.finish(read, queue=queue).data == noise(GUARD_BYTES, "guard")[8192 * queue :][:PAGE]
+            source.begin()
+            stop(source)
+            assert daemon.events("handed-over")
+    finally:
+        daemon.reap()
+
+
 class Shadowed(Memory):
     """Remembers what the driver has written: what is different is the device's work."""
 

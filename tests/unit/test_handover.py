@@ -17,7 +17,7 @@ class Storage:
         self.can_be_locked = True
         self.calls: list[str] = []
         self.events: list[str] = []
-        self.is_drained = self.is_closed = False
+        self.is_drained = self.is_closed = self.is_stuck = False
         self.reason = ""
 
     def tell(self, level: str, event: str, **fields: Any) -> None:
@@ -48,6 +48,10 @@ class Storage:
 
     def stopped(self) -> None:
         self.calls.append("stopped")
+
+    def give_up(self) -> bool:
+        self.calls.append("give up")
+        return self.is_stuck
 
     def cut_off(self) -> None:
         self.calls.append("cut off")
@@ -151,6 +155,23 @@ def test_a_cancelled_migration_changes_nothing(storage: Storage) -> None:
     hand_over.migrating(True)
     hand_over.migrating(False)
     assert storage.calls == ["hurry", "do not hurry"]
+    assert not hand_over.busy
+
+
+@pytest.mark.parametrize("stuck", [True, False])
+def test_a_guest_whose_requests_nothing_answers_does_not_migrate(storage: Storage, stuck: bool) -> None:
+    storage.is_stuck = stuck
+    hand_over = HandOver(storage, TIMEOUT)
+    hand_over.quiesced(0)
+    assert not hand_over.busy, "it does not migrate"
+    hand_over.migrating(True)
+    hand_over.quiesced(SECOND)
+    hand_over.quiesced(2 * SECOND)
+    assert hand_over.step(SECOND + TIMEOUT) == 2 * SECOND + TIMEOUT
+    assert hand_over.step(2 * SECOND + TIMEOUT) == NEVER
+    assert storage.calls == ["hurry", "give up"]
+    assert storage.events == ["migrating", "hand-over-refused"][: 1 + stuck]
+    assert hand_over.is_held
     assert not hand_over.busy
 
 

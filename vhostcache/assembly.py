@@ -139,6 +139,7 @@ class CacheClaim:
         self._folder: TierFolder | None = None
         self._made_file = False
         self._marked_by_us = False
+        self._abandoned = False
         self.tier_fd = -1
         self.layout = TierLayout(slots_for_ram(config.ram), slots_for_ram(config.ram))
         self.recovered: Recovered | None = None
@@ -463,10 +464,19 @@ class CacheClaim:
     def close(self) -> None:
         """Everything that was served is in the log, if its superblocks say so; all I/O has ended. Lets go of all."""
         try:
-            if self.file is not None and self.recovered is not None:
+            if self.file is not None and self.recovered is not None and not self._abandoned:
                 self._close_log(self.recovered)
         finally:
             self._let_go()
+
+    def abandon(self) -> str:
+        """The cache device is dead: nothing is read from it or written to it any more, and the RAM tier's file stays.
+        Returns that file's path."""
+        assert self.recovered is not None
+        assert self._folder is not None
+        self._abandoned = True
+        block = self.recovered.superblock
+        return self._folder.file_path(block.uuid, block.tier_uuid)
 
     def _close_log(self, recovered: Recovered) -> None:
         assert self.file is not None

@@ -17,6 +17,7 @@ import resource
 import shlex
 import signal
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Set
@@ -78,6 +79,12 @@ STATUS_SLICE: Final = 16  # volumes described in one turn
 DONE: Final = -1
 _JOBS: Final = 4
 _ENDED: Final = object()
+_ABANDONED: Final = (
+    "nothing is lost as long as the host runs and that file stays: mend the device and start again, which takes up both"
+)
+CACHE_FAILS_NS: Final = 5 * SECOND_NS  # so long an end waits for a cache device that answers with errors,
+CACHE_SILENT_NS: Final = 60 * SECOND_NS  # and so long for one that does not answer
+_ENGINE_END_S: Final = 15.0  # then I/O of an abandoned device is not waited for any more
 _WAKE_UP: Final = 0  # in place of a signal's number: another thread has something for the loop
 _WATCH_SIGNALS: Final = 0  # the control server's numbers count up from 1, one for each start
 _WATCH_BACKENDS: Final = 1 << 24  # and the volume's number, for all that its backend has to say
@@ -119,6 +126,8 @@ class Served:
     write_cache_unknown: bool = False
     told: bool | None = None
     closing: bool = False
+    log_progress: tuple[int, ...] | None = None  # at the end: how far the log had come ...
+    give_up_at_ns: int = NEVER  # ... and when to wait no longer for more
     growth: Growth | None = None
     growing: bool = False  # the backend has grown, and the superblocks are to say so
     resize_error: str = ""  # of the last one
@@ -167,6 +176,7 @@ class Daemon:
         self._control_number = _WATCH_SIGNALS
         self._signals: socket.socket | None = None
         self._waker: socket.socket | None = None
+        self._abandons = False  # a cache device that is dead
         self._shutting_down = False
         self._progress_at_ns = NEVER
         self._rare = False  # something below the hot path wants a word in the next turn
@@ -225,6 +235,11 @@ class Daemon:
             stack.callback(gc.enable)
             self._loop()
             self._report_all()
+            if self._abandons:
+                # I/O that never ends would hold the end of the engine.
+                watchdog = threading.Timer(_ENGINE_END_S, os._exit, [EXIT_RUNTIME])
+                watchdog.daemon = True
+                watchdog.start()
         return EXIT_RUNTIME if any(served.failed for served in self._served) else EXIT_OK
 
     def _close_storages(self) -> None:
@@ -583,7 +598,9 @@ class Daemon:
             if self._operations:
                 return 0  # not yet seen by the engine
             for index, served in enumerate(self._served):
-                if served.state is State.DRAINING and not served.connected and self._has_ended(index, served):
+                if served.state is not State.DRAINING:
+                    continue
+                if (not served.connected and self._has_ended(index, served)) or self._gives_up(served, now_ns):
                     served.state = State.STOPPED
                     served.listener.close()
             if all(served.state is State.STOPPED for served in self._served):
@@ -613,6 +630,28 @@ class Daemon:
                     kept = crcs[served.claim.recovered.ring_blocks :].tobytes()
                 served.claim.keep_read_cache(volume.read_ring.eviction, kept)
         return volume.closed
+
+    def _gives_up(self, served: Served, now_ns: int) -> bool:
+        """Whether its cache device is dead: nothing of what waits for it can be answered any more. What was flushed is
+        on that device, what was acknowledged in the RAM tier's file; both stay as they are, for the next start."""
+        volume = served.volume
+        if not isinstance(volume, LogVolume) or served.claim is None:
+            return False
+        progress = volume.log_progress
+        if progress is None or progress != served.log_progress:
+            served.log_progress = progress
+            patience_ns = CACHE_FAILS_NS if volume.cache_fails else CACHE_SILENT_NS
+            served.give_up_at_ns = NEVER if progress is None else now_ns + patience_ns
+            return False
+        if volume.cache_fails:
+            served.give_up_at_ns = min(served.give_up_at_ns, now_ns + CACHE_FAILS_NS)
+        if now_ns < served.give_up_at_ns:
+            return False
+        fields = {"cache": served.claim.path, "ram_tier": served.claim.abandon(), "hint": _ABANDONED}
+        self._log.error("cache-abandoned", volume=served.name, **fields)
+        served.failed = True
+        self._abandons = True
+        return True
 
     def _close_log(self, index: int, cold: bool = False) -> None:
         served = self._served[index]

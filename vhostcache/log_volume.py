@@ -339,6 +339,19 @@ class LogVolume(GuestRequests):
             and not (self._room or self._parked or self._io.in_flight)
         )
 
+    @property
+    def cache_fails(self) -> bool:
+        """The cache device answers with errors, and nothing has gone well since."""
+        return self._writer.blocked
+
+    @property
+    def log_progress(self) -> tuple[int, ...] | None:
+        """How far the log has come; None: it has nothing to do. As long as it stays the same the device is stuck."""
+        writer, checkpointer = self._writer, self._checkpointer
+        if writer.settled and not checkpointer.running and not writer.blocked:
+            return None
+        return writer.synced_seq, checkpointer.count
+
     def close(self, backend_mtime_ns: Callable[[], int], cold: bool = False) -> None:
         """Begin to end: commit, wait for what is on its way, mark the log as closed in good order. Then `closed`. There
         must be no front-end. Dirty data stays in the log. `backend_mtime_ns` is asked when nothing writes to the

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.frontend import GoneError, RefusedError
+from tests.frontend import T_FLUSH, GoneError, RefusedError
 from tests.guest import VHOSTCACHE, GuestError
 from tests.native.conftest import DISK_BYTES, FREE, MIB, Disk, NativeDaemon, bench, noise
 from vhostcache.backend import mark
@@ -689,3 +690,25 @@ def test_image_and_cache_may_be_block_devices(
         assert "belongs to another image" in done.stderr
     finally:
         disk.daemon.reap()
+
+
+def test_a_dead_cache_device_does_not_hold_up_the_end_and_nothing_acknowledged_is_lost(disk: CachedDisk) -> None:
+    disk.daemon.start()
+    with disk.frontend() as f:
+        f.write(FREE, noise(65536, "flushed"))
+        f.flush()
+        # From now on every write to the ring fails (EFBIG), and those to the superblocks do not.
+        resource.prlimit(disk.daemon.pid, resource.RLIMIT_FSIZE, (MIB, resource.RLIM_INFINITY))
+        f.write(FREE + MIB, noise(65536, "acknowledged"))
+        waiting = f.submit([f.header(T_FLUSH), f.room(1)])
+        disk.daemon.wait_for("cache-error")
+        with pytest.raises(GuestError, match="ended with 1"):
+            disk.daemon.stop()
+        (event,) = disk.daemon.events("cache-abandoned")
+        assert Path(event["ram_tier"]).exists()
+        assert not f.queues[0].is_done(waiting.head), "a flush that was not one is not answered"
+    disk.daemon.start()
+    with disk.frontend() as f:
+        assert f.read(FREE, 65536) == noise(65536, "flushed")
+        assert f.read(FREE + MIB, 65536) == noise(65536, "acknowledged")
+    disk.assert_good()

@@ -35,6 +35,7 @@ from vhostcache.log.checkpoint import Checkpointer
 from vhostcache.log.destage import LogDestager, LogDestageSettings
 from vhostcache.log.index import LogIndex
 from vhostcache.log.losses import Losses
+from vhostcache.log.ordered import OrderedQueue
 from vhostcache.log.pace import Pacer
 from vhostcache.log.read_ring import STORED, ReadRing
 from vhostcache.log.recovery import Recovered
@@ -72,6 +73,8 @@ class LogVolumeSettings(VolumeSettings):
     """Of the backend: what it writes best."""
     max_bytes: int = 0
     """Of the backend: the most in one write; 0: any number."""
+    ordered: bool = False
+    """Policy `ordered`: one flush interval after the other reaches the backend."""
     wants_whole_objects: bool = False
     """Of the backend: an object is better written as a whole, and once (clusters that are compressed)."""
     record_blocks: int = fmt.RECORD_BLOCKS
@@ -136,10 +139,12 @@ class LogVolume(GuestRequests):
             ),
             settings.size_bytes,
             self.notices,
+            OrderedQueue(block_map.object_shift, recovered.clean_address) if settings.ordered else None,
         )
         self._checkpointer = Checkpointer(
             self._io, self._writer, self._index, superblock, settings.checkpoint_interval_ns
         )
+        self._destager.checkpoint = self._checkpointer.request
         self._pacer = Pacer(ring_blocks)
         self._fills.log_done = self._log_read_done
         self.read_ring: ReadRing | None = None
@@ -155,15 +160,18 @@ class LogVolume(GuestRequests):
         self._closing = False
         self.closed = False
         self._swept = 0
+        if settings.ordered:
+            self._writer.ordered = self._destager.ordered
         self._load(recovered)
         self._recall_write_cache(superblock.write_cache)
 
     def _load(self, recovered: Recovered) -> None:
         """The index of what the log holds."""
-        index = self._index
+        index, ordered = self._index, self._destager.ordered
         mark = self._writer.mark
         one = fmt.extent(0, 1, fmt.DATA)
-        for record in recovered.records:
+        ends = [*(record.address for record in recovered.records[1:]), recovered.head_address]
+        for record, end in zip(recovered.records, ends, strict=False):
             mark(record.address, record.seq)
             blocks: list[int] = []
             for word in record.extents:
@@ -177,7 +185,11 @@ class LogVolume(GuestRequests):
                     index.recover_loss(block, block + count, record.address)
                 elif kind != fmt.PAD:
                     index.recover_zero(block, block + count, record.address, kind == fmt.ZERO)
-            index.recover(blocks, record.address + record.header_blocks)
+            first = record.address + record.header_blocks
+            index.recover(blocks, first)
+            if ordered is not None:
+                zeroes = [word for word in record.extents if fmt.split_extent(word)[2] != fmt.DATA]
+                ordered.recover(record.address, first, end, zeroes, blocks)
 
     def _recall_write_cache(self, state: int) -> None:
         if state == WRITE_CACHE_OFF:

@@ -12,7 +12,7 @@ from tests.sim.world import FOCUS
 from vhostcache import guest_requests, log_volume
 from vhostcache import operations as op
 from vhostcache.fill import Fills
-from vhostcache.log import checkpoint, decision, destage, index, read_ring, recovery, walk, writer
+from vhostcache.log import checkpoint, decision, destage, index, ordered, read_ring, recovery, walk, writer
 from vhostcache.log.superblock import A_OFFSET_BYTES, B_OFFSET_BYTES
 from vhostcache.map import DIRTY, FREE, ORPHAN, WRITING
 
@@ -21,13 +21,20 @@ SIZES: Final[dict[str, dict[str, Any]]] = {}
 """For those that take many seeds otherwise: what kind of run finds them soon."""
 SIZES["destage-what-is-not-durable"] = {**FOCUS[0], "power": 1.0}
 SIZES["no-epoch"] = SIZES["no-open-seq"] = {**FOCUS[1], "recovery_crashes": 0.0, "cache_faults": 0.0, "flips": 0.0}
-SIZES["write-cache-forgotten"] = {**FOCUS[3], "ignore_flush": False}
+SIZES["write-cache-forgotten"] = {**FOCUS[4], "ignore_flush": False}
+for _name in (
+    "ordered-without-intervals",
+    "ordered-with-the-newest-version",
+    "ordered-without-backend-flushes",
+    "ordered-without-checkpoints",
+):
+    SIZES[_name] = FOCUS[3]
 for _name in (
     "a-loss-does-not-hold-the-tail",
     "a-loss-does-not-outlive-the-process",
     "no-room-for-losses-in-a-full-log",
 ):
-    SIZES[_name] = FOCUS[4]
+    SIZES[_name] = FOCUS[5]
 SIZES["epoch-in-one-superblock"] = {"openings": 2, "steps": 30, "flips": 1.0, "recovery_crashes": 0.0}
 
 _READS: Final = {"read_blocks": 60, "writes": 0.5, "ring_blocks": 40, "destage_after_ms": 0, "flips": 0.0}
@@ -219,6 +226,49 @@ def superblock_in_place() -> None:
 def write_cache_forgotten() -> None:
     """Hazard 7: what the guest believes is not kept over a restart."""
     _patch(log_volume.LogVolume, "_recall_write_cache", lambda original, self, state: None)
+
+
+# The policy `ordered`.
+
+
+@canary
+def ordered_without_intervals() -> None:
+    """A guest's flush is no reason to end a step."""
+    _patch(ordered.OrderedQueue, "cut", lambda original, self, address: None)
+
+
+@canary
+def ordered_with_the_newest_version() -> None:
+    """What belongs to a later interval goes to the backend with an earlier one."""
+
+    def choose(original: Any, self: Any, chosen: Any, block: int, value: int, fetch: Any) -> None:
+        newest = self._index.lookup(block)
+        durable = newest >> 1 < self._writer.durable_address
+        original(self, chosen, block, newest if durable and newest > value else value, fetch)
+
+    _patch(destage.LogDestager, "_choose_version", choose)
+
+
+@canary
+def ordered_without_backend_flushes() -> None:
+    """Written to the backend counts as durable there: the next step begins at once."""
+
+    def start(_: Any, self: Any) -> None:
+        written, self._written = self._written, []
+        self._finish(written)
+
+    _patch(destage.LogDestager, "_start_flush", start)
+
+
+@canary
+def ordered_without_checkpoints() -> None:
+    """The next step begins although a crash would repeat the one before over it."""
+
+    def end(original: Any, self: Any) -> None:
+        self.checkpoint = lambda when_done: when_done()
+        original(self)
+
+    _patch(destage.LogDestager, "_end_step", end)
 
 
 # What the guest's requests meet.

@@ -94,6 +94,12 @@ class Guest:
         """So many accepted changes have been promised to survive a power loss."""
         self.answered = 0
         """All answered changes are among the first so many accepted."""
+        self.timeline: list[list[tuple[int, bytes]]] = []
+        """All changes that went before `base`, since the disk was made: those that power losses have taken are not
+        among them."""
+        self.raised: list[tuple[int, int]] = []
+        """Each time when the floor was raised: the new one, and how many changes were accepted then, in the whole
+        timeline."""
         self.write_through = False
         self.unsafe = False
         """Flushes promise nothing."""
@@ -252,14 +258,19 @@ class Guest:
                 self._check_read(request)
         elif kind == op.REQUEST_FLUSH:
             if request.since > self.floor and not self.unsafe:
-                self.floor = request.since
+                self._raise_floor(request.since)
         else:
             if not request.accepted:
                 self._accept_without_effect(request)
             if request.index >= self.answered:
                 self.answered = request.index + 1
             if request.durable and self.write_through and request.index >= self.floor:
-                self.floor = request.index + 1
+                self._raise_floor(request.index + 1)
+
+    def _raise_floor(self, floor: int) -> None:
+        self.floor = floor
+        before = len(self.timeline)
+        self.raised.append((before + floor, before + len(self.accepted)))
 
     def _accept_without_effect(self, request: Request) -> None:
         for twin in self.live.values():
@@ -352,8 +363,40 @@ class Guest:
                 lines.append(f"block {block}: {describe(found)} is of {at or 'never'}, changed at {wanted}")
         return "\n  ".join(lines)
 
-    def settled(self, disk: list[bytes], guest_died: bool) -> None:
-        """What is there now is the truth; what was not answered is to be submitted again, unless the guest is dead."""
+    def check_image(self, image: list[bytes]) -> None:
+        """What the backend has, alone: a flushed state, and of the writes before the next flush was answered any. As
+        a disk with a volatile cache would be found, some time ago."""
+        total = len(self.timeline) + len(self.accepted)
+        lows = [0, *(low for low, _ in self.raised)]
+        highs = [*(high for _, high in self.raised), total]
+        possible = set(range(len(lows)))
+        history: dict[int, list[tuple[int, bytes]]] = {}
+        for count, changes in enumerate([*self.timeline, *self.accepted], 1):
+            for block, content in changes:
+                history.setdefault(block, [(0, ZEROES)]).append((count, content))
+        for block, found in enumerate(image):
+            versions = history.get(block, [(0, ZEROES)])
+            lasts = [count for count, _ in versions[1:]] + [total + 1]
+            for i in range(0, BLOCK, SECTOR):
+                sector = found[i : i + SECTOR]
+                spans = [
+                    (count, last)
+                    for (count, content), last in zip(versions, lasts, strict=True)
+                    if content is found or content[i : i + SECTOR] == sector
+                ]
+                left = {k for k in possible if any(first <= highs[k] and last > lows[k] for first, last in spans)}
+                if not left:
+                    raise Wrong(
+                        f"the image alone is no flushed state with some of the next interval's writes: block {block} "
+                        f"is of {spans}, the blocks before allow {[(lows[k], highs[k]) for k in possible]} of {total}"
+                    )
+                possible = left
+
+    def settled(self, disk: list[bytes], guest_died: bool, count: int) -> None:
+        """What is there now, after `count` accepted changes, is the truth; what was not answered is to be submitted
+        again, unless the guest is dead."""
+        self.timeline += self.accepted[:count]
+        self.raised = [(low, min(high, len(self.timeline))) for low, high in self.raised]
         self.base = disk
         self.state = list(disk)
         self.accepted = []

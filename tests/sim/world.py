@@ -98,6 +98,8 @@ STATES: Final = (
     "rot in the newest durable record passes for the end of the log",
     "several records in flight",
     "the disk grows",
+    "the image alone is looked at",
+    "the policy changes",
     "the RAM tier is read byte by byte",
     "the RAM tier's ring is full",
     "the backend is read for a whole object",
@@ -154,6 +156,12 @@ class Sizes:
     checkpoint_interval_ms: int
     destage_after_ms: int
     destage: bool
+    ordered: bool
+    """The policy."""
+    policies: bool
+    """It changes, from opening to opening."""
+    looks: float
+    """Share of steps in which the image alone is looked at, in that policy."""
     max_batched_objects: int
     max_blocks: int
     """Of one write to the backend; 0: any number."""
@@ -201,6 +209,22 @@ FOCUS: Final[tuple[dict[str, Any], ...]] = (
     },
     # A small log under much pressure.
     {"ring_blocks": 40, "depth": 24, "burst": 4, "writes": 0.95, "patience": 0.4, "destage_after_ms": 1000},
+    # One flush interval after the other reaches the backend, over many restarts.
+    {
+        "openings": 4,
+        "ordered": True,
+        "policies": False,
+        "looks": 0.3,
+        "burst": 2,
+        "flushes": 0.2,
+        "writes": 0.95,
+        "whole": 1.0,
+        "patience": 0.1,
+        "hot_blocks": 6,
+        "checkpoint_interval_ms": 2000,
+        "destage_after_ms": 0,
+        "shutdowns": 0.0,
+    },
     # The write cache goes on and off, and daemons come and go.
     {"openings": 4, "rare": 0.1, "shutdowns": 0.6},
     # What a small log has to hold for long rots.
@@ -265,6 +289,9 @@ def choose_independent_sizes(rng: random.Random) -> Sizes:
         checkpoint_interval_ms=(3, 20, 2000)[pick(0, 2)],
         destage_after_ms=(0, 5, 1000)[pick(0, 2)],
         destage=random_number() < 0.85,
+        ordered=random_number() < 0.35,
+        policies=random_number() < 0.1,
+        looks=0.03,
         max_batched_objects=(1, 2, 8)[pick(0, 2)],
         max_blocks=(0, 0, 2)[pick(0, 2)],
         wants_whole_objects=random_number() < 0.2,
@@ -311,6 +338,7 @@ class World:
         """Bits that have flipped: block of the cache file, before, after."""
         self.image_changed = False
         """By others."""
+        self.image_has_been_changed = False
         self.growing = False
         self.rot_may_pass = False
         self.tier_lost = False
@@ -489,6 +517,7 @@ class World:
                 max_batched_objects=size.max_batched_objects,
                 max_bytes=size.max_blocks * BLOCK,
                 wants_whole_objects=size.wants_whole_objects,
+                ordered=self.ordered(),
                 record_blocks=size.record_blocks,
                 fill_bytes=size.fill_blocks * BLOCK,
                 direct_bytes=size.direct_blocks * BLOCK,
@@ -512,6 +541,25 @@ class World:
         self.engine.crcs[recovered.ring_blocks :] = memoryview(crcs).cast("I").tolist()
         return eviction
 
+    def ordered(self) -> bool:
+        """Whether the policy of this opening is that."""
+        if self.sizes.policies and self.rng.random() < 0.5:
+            self.states["the policy changes"] += 1
+            return not self.sizes.ordered
+        return self.sizes.ordered
+
+    def look_at_the_image(self) -> None:
+        """As if cache, RAM and host were lost in this moment: in the policy `ordered` there is a promise for that."""
+        size = self.sizes
+        if not size.ordered or size.policies or self.flips or self.image_has_been_changed:
+            return
+        alone = Medium(0, self.rng)
+        alone.live = list(self.backend.live)
+        alone.versions = {block: list(versions) for block, versions in self.backend.versions.items()}
+        alone.power_loss(int(self.rng.random() * 5))
+        self.guest.check_image(alone.live)
+        self.states["the image alone is looked at"] += 1
+
     def judge(self) -> bool:
         """Read the whole disk: it must be what was promised. Then the front-end submits again what was not answered."""
         guest = self.guest
@@ -532,7 +580,7 @@ class World:
             self.states["a power loss lost what was not flushed"] += 1
         if self.flips:
             return False
-        guest.settled(disk, self.guest_died)
+        guest.settled(disk, self.guest_died, count)
         if self.guest_died:
             guest.write_through = self.sizes.acknowledge_durable and not self.sizes.ignore_flush
         self.volume.connected()
@@ -613,7 +661,7 @@ class World:
         self.guest.foreign_write(block)
         self.backend.live[block] = self.guest.state[block]
         self.backend.stamp += 1
-        self.image_changed = True
+        self.image_changed = self.image_has_been_changed = True
 
     def refused(self, error: OperationError) -> bool:
         """The log could not be opened: only rot is a reason for that."""
@@ -651,6 +699,8 @@ class World:
                 self.states["the log is full"] += 1
             if volume._writer.entries_room() < 2:
                 self.states["the RAM tier's ring is full"] += 1
+            if size.ordered and random_number() < size.looks:
+                self.look_at_the_image()
             counters = volume._destager.counters
             if counters["blocks_bridged"]:
                 self.states["clean blocks are written for their neighbours' sake"] += 1
@@ -921,6 +971,7 @@ class World:
         """The process is gone, by itself or with the machine."""
         if hasattr(self, "engine"):
             self.engine.die()
+            self.look_at_the_image()
         if self.rng.random() < self.sizes.power:
             self.power_loss()
         else:

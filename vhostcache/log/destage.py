@@ -13,7 +13,7 @@ the log says that it is lost (losses.py) before the object counts as clean. Whic
 business.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,6 +25,7 @@ from vhostcache.log.choose import NOBODY, Chooser
 from vhostcache.log.depth import GENTLE_BLOCKS, GENTLE_WRITES, Modulator, ObjectsInFlight
 from vhostcache.log.index import LogIndex
 from vhostcache.log.losses import Losses
+from vhostcache.log.ordered import OrderedQueue
 from vhostcache.log.pace import RAMP_BEGIN, RAMP_END
 from vhostcache.log.writer import INTERNAL, LogWriter
 from vhostcache.map import CLEAN, ORPHAN, PINNED, Map
@@ -218,6 +219,7 @@ class LogDestager:
         settings: LogDestageSettings,
         size_bytes: int,
         notices: list[tuple[str, dict[str, object]]],
+        ordered: OrderedQueue | None = None,
     ) -> None:
         self._map = block_map
         self._cache = cache
@@ -229,6 +231,13 @@ class LogDestager:
         self.size_bytes = size_bytes
         """Of the disk: the last block may be a part of one."""
         self.notices = notices
+        self.ordered = ordered
+        """The policy `ordered`; None: `merged`."""
+        if ordered is not None:
+            index.ordered_below = ordered.done
+        self._checkpointing = False
+        """Both superblocks have to know the last step before the next one begins."""
+        self.checkpoint: Callable[[Callable[[], None]], None] = _no_checkpoint
         self._staging = block_map.take(settings.staging_blocks)
         for slot in self._staging:
             block_map.state[slot] = ORPHAN
@@ -274,9 +283,13 @@ class LogDestager:
         }
 
     @property
+    def _dirty(self) -> bool:
+        return bool(self._index.dirty) or (self.ordered is not None and not self.ordered.empty)
+
+    @property
     def settled(self) -> bool:
         """Nothing is dirty or on its way."""
-        return not (self._index.dirty or self.busy)
+        return not (self._dirty or self.busy)
 
     @property
     def busy(self) -> bool:
@@ -314,14 +327,14 @@ class LogDestager:
             self._measure()
         if self._flushed:
             self._finish(self._flushed)
-        if not (self._index.dirty or self.busy):
+        if not (self._dirty or self.busy):
             return op.NEVER
         self._modulate()
         deadline_ns = self._go_on() if self._resting else op.NEVER
         if now_ns < self.trouble.at_ns:
             return min(deadline_ns, self.trouble.at_ns)
-        if self._index.dirty and not self.stopped and len(self._staging) >= self._staging_wanted:
-            deadline_ns = min(deadline_ns, self._start_due())
+        if self._dirty and not self.stopped and len(self._staging) >= self._staging_wanted:
+            deadline_ns = min(deadline_ns, self._start_due() if self.ordered is None else self._start_ordered())
         if self._written and self._flushing is None and self._flush_is_due():
             again_ns = self.trouble.own_ns(FLUSH)
             if now_ns >= again_ns:
@@ -377,11 +390,10 @@ class LogDestager:
     def _start_due(self) -> int:
         settings, now_ns = self.settings, self.now_ns
         self._chooser.look(now_ns, self._writer.durable_address, settings.destage_after_ns)
-        crowded = settings.enabled and self._used > settings.threshold_blocks
         most = 1 if self.trouble.probing else self._modulator.objects(self._depth.limit)
         waiting = len(self.in_flight) + len(self._held) + len(self._written) + len(self._flushed)
         waiting += len(self._flushing.destages) if self._flushing else 0
-        if self.draining or self._writer.space_wanted or crowded:
+        if self._is_pressed():
             if len(self.in_flight) >= most:
                 return self._modulator.deadline_ns() if most < self._depth.limit and self._modulator.busy else op.NEVER
             room = not (self.draining or self._writer.space_wanted) and (
@@ -401,7 +413,56 @@ class LogDestager:
             return again_ns
         return now_ns if self._start(number) else op.NEVER
 
+    def _is_pressed(self) -> bool:
+        return self.draining or bool(self._writer.space_wanted) or self._is_crowded()
+
+    def _is_crowded(self) -> bool:
+        return self.settings.enabled and self._used > self.settings.threshold_blocks
+
+    def _start_ordered(self) -> int:
+        """Go on with the step under way, or begin the next one if it is due."""
+        queue, now_ns = self.ordered, self.now_ns
+        assert queue is not None
+        if self._checkpointing:
+            return op.NEVER
+        pressed = self._is_pressed()
+        if not queue.running:
+            if queue.empty or not (pressed or self.settings.enabled):
+                return op.NEVER
+            due_ns = queue.since_ns + self.settings.destage_after_ns
+            if not pressed and now_ns < due_ns:
+                return due_ns
+            queue.begin()
+        if not queue.gather():
+            return now_ns
+        if not queue.pending:
+            if not self.busy:
+                self._end_step()
+                return now_ns
+            return op.NEVER
+        most = 1 if self.trouble.probing else self._modulator.objects(self._depth.limit)
+        if len(self.in_flight) >= (most if pressed else min(most, AGED_OBJECTS_MAX)):
+            return op.NEVER
+        number = next((number for number in queue.pending if not self._is_waiting(number)), NOBODY)
+        if number == NOBODY:
+            return op.NEVER if self.in_flight else now_ns + RETRY_FIRST_NS
+        return now_ns if self._start(number) else op.NEVER
+
+    def _end_step(self) -> None:
+        """All of it has been flushed on the backend: the superblocks are told, then the next one may begin."""
+        queue = self.ordered
+        assert queue is not None
+        self._checkpointing = not queue.is_empty_step
+        self._index.ordered(queue.finish(), queue.done)
+        if self._checkpointing:
+            self.checkpoint(self._checkpointed)
+
+    def _checkpointed(self) -> None:
+        self._checkpointing = False
+
     def _flush_is_due(self) -> bool:
+        if self.ordered is not None:
+            return not self.in_flight and (self.stopped or not self.ordered.pending)
         if (
             self._writer.space_wanted
             or self.draining
@@ -426,14 +487,19 @@ class LogDestager:
         """False: there are no resources now."""
         if self._io.available() <= 64 or self._writer.blocked:
             return False
-        durable = self._writer.durable_address
-        values, others = self._index.dirty_blocks(number, durable)
-        destage = LogDestage(self, number, durable)
-        if others:
-            destage.need_seq = self._writer.accepted_seq
         fetch: list[tuple[int, int]] = []
-        for block, value in values:
-            self._choose_source(destage, block, value, fetch)
+        if self.ordered is None:
+            durable = self._writer.durable_address
+            values, others = self._index.dirty_blocks(number, durable)
+            destage = LogDestage(self, number, durable)
+            if others:
+                destage.need_seq = self._writer.accepted_seq
+            for block, value in values:
+                self._choose_source(destage, block, value, fetch)
+        else:
+            destage = LogDestage(self, number, self.ordered.done)
+            for block, value in self.ordered.values(number):
+                self._choose_version(destage, block, value, fetch)
         self._choose_neighbours(destage, fetch)
         slots = len(destage.span) or len(fetch)
         if slots > len(self._staging):
@@ -443,7 +509,10 @@ class LogDestager:
         self._staging_wanted = 0
         if destage.need_seq:
             self._writer.commit(INTERNAL)
-        self._index.begin_destage(number)
+        if self.ordered is None:
+            self._index.begin_destage(number)
+        else:
+            del self.ordered.pending[number]
         self.in_flight[number] = destage
         if destage.span:
             self._read_span(destage, fetch)
@@ -463,6 +532,28 @@ class LogDestager:
             self._pin(destage, block, slot)
         elif not (self._index.lost and self._index.is_lost(block)):
             fetch.append((block, value >> 1))
+
+    def _choose_version(self, destage: LogDestage, block: int, value: int, fetch: list[tuple[int, int]]) -> None:
+        """Exactly this one, which need not be the newest."""
+        if value & 1:
+            if block * op.BLOCK_BYTES < self.size_bytes:
+                destage.zeroes.append(block)
+                if value >> 1 in self._index.kept:
+                    destage.kept.add(block)
+            return
+        newest = self._index.lookup(block)
+        slot = self._map.where.get(block)
+        if slot is not None and newest == value and self._map.state[slot] == CLEAN:
+            self._pin(destage, block, slot)
+        elif self._index.lost.get(block, 0) <= value >> 1:
+            fetch.append((block, value >> 1))
+
+    def _restore(self, number: int) -> None:
+        """It has to be destaged again."""
+        if self.ordered is None:
+            self._index.restore(number, self.now_ns)
+        else:
+            self.ordered.pending[number] = None
 
     def _pin(self, destage: LogDestage, block: int, slot: int) -> None:
         self._map.state[slot] = PINNED
@@ -520,19 +611,21 @@ class LogDestager:
     def _bridge(self, destage: LogDestage, gap: range, zeroes: set[int], fetch: list[tuple[int, int]]) -> bool:
         """Whether the cache has all of these blocks, as the backend has them or as it is to have them."""
         where, state, lookup = self._map.where, self._map.state, self._index.lookup
+        low = destage.address << 1
         found: list[tuple[int, int]] = []
         values: list[tuple[int, int]] = []
         for block in gap:
-            slot = where.get(block)
-            if slot is not None:
+            slot, value = where.get(block), lookup(block)
+            if block in zeroes:
+                found.append((block, ZERO_SLOT))
+            elif value >= low or block in self._index.lost:
+                return False
+            elif slot is not None:
                 if state[slot] != CLEAN:
                     return False
                 found.append((block, slot))
-            elif block in zeroes:
-                found.append((block, ZERO_SLOT))
             else:
-                value = lookup(block)
-                if not value or value >> 1 >= destage.address or block in self._index.lost:
+                if not value:
                     return False
                 if value & 1:
                     found.append((block, ZERO_SLOT))
@@ -732,7 +825,7 @@ class LogDestager:
     def _give_up(self, destage: LogDestage, operation: str, result: int) -> None:
         """It has failed, and is begun anew later."""
         self._end_write(destage)
-        self._index.restore(destage.number, self.now_ns)
+        self._restore(destage.number)
         self._depth.failed()
         self.trouble.failed(destage.number, operation, result, self.now_ns)
 
@@ -766,7 +859,7 @@ class LogDestager:
         self._flushing = None
         if result < 0:
             for destage in flush.destages + self._written:
-                self._index.restore(destage.number, self.now_ns)
+                self._restore(destage.number)
             self._written = []
             for destage in self.in_flight.values():
                 destage.again = True
@@ -781,15 +874,16 @@ class LogDestager:
             if destage.rotten and not destage.again:
                 self._record_losses(destage)
             if destage.again:
-                self._index.restore(destage.number, self.now_ns)
+                self._restore(destage.number)
             elif destage.need_seq > self._writer.durable_seq or destage.rotten:
                 waiting.append(destage)
             elif destage.unreadable:
-                self._index.restore(destage.number, self.now_ns)
+                self._restore(destage.number)
                 self._held[destage.number] = self.now_ns + HELD_RETRY_NS
             else:
                 self._held.pop(destage.number, None)
-                self._index.destaged(destage.number, destage.address)
+                if self.ordered is None:
+                    self._index.destaged(destage.number, destage.address)
         self._flushed = waiting
 
     def _record_losses(self, destage: LogDestage) -> None:
@@ -802,6 +896,10 @@ class LogDestager:
                 destage.again = True
             destage.need_seq = max(destage.need_seq, seq)
             destage.rotten.pop()
+
+
+def _no_checkpoint(when_done: Callable[[], None]) -> None:
+    when_done()
 
 
 def _runs(blocks: list[int], most: int) -> list[tuple[int, int]]:

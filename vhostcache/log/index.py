@@ -59,6 +59,7 @@ class LogIndex:
         "filled",
         "kept",
         "lost",
+        "ordered_below",
         "queue",
         "since_ns",
         "tail",
@@ -79,6 +80,8 @@ class LogIndex:
         """Dirty objects -> the same, or when they were put off last. It ascends, but for those that were restored."""
         self.filled: OrderedDict[int, None] = OrderedDict()
         """Objects whose end a long run of neighbouring blocks has reached: most likely they are dirty as a whole."""
+        self.ordered_below: int | None = None
+        """See `ordered`; None: objects are destaged in any order."""
         self._restored: dict[int, int] = {}
         """Objects in `dirty` whose destage has failed -> first dirty address, out of the order."""
         self._in_flight: dict[int, int] = {}
@@ -327,10 +330,21 @@ class LogIndex:
             self.since_ns[number] = self.queue[number] = now_ns
         self.dirty.move_to_end(number, last=False)
 
+    def ordered(self, changed: list[tuple[int, bool]], address: int) -> None:
+        """In the policy `ordered` everything below `address` is on the backend, and durable there: these objects were
+        the last to come; each may have been changed since."""
+        self.ordered_below = address
+        for number, since in changed:
+            self._objects[number].destaged = address
+            if not since:
+                del self.dirty[number], self.since_ns[number], self.queue[number]
+                self.filled.pop(number, None)
+                self._dirty_pages.pop(number, None)
+
     def clean_below(self, durable: int) -> int:
         """The address below which everything is on the backend; `durable` if nothing is dirty or lost."""
-        oldest = durable
-        if self.dirty:
+        oldest = durable if self.ordered_below is None else self.ordered_below
+        if self.dirty and self.ordered_below is None:
             # Restored objects stand first, out of order; behind them the order holds.
             for number in self.dirty:
                 oldest = min(oldest, self.dirty[number])

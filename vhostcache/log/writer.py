@@ -21,6 +21,7 @@ from vhostcache.backend_io import BackendIo
 from vhostcache.backoff import Backoff
 from vhostcache.log import format as fmt
 from vhostcache.log.index import LogIndex
+from vhostcache.log.ordered import OrderedQueue
 from vhostcache.map import CLEAN, ORPHAN, WRITING, Map
 from vhostcache.readcache import ReadCache
 
@@ -187,6 +188,8 @@ class LogWriter:
         self.blocked = False
         """The cache device is in trouble: nothing new may be acknowledged."""
         self._backoff = Backoff()
+        self.ordered: OrderedQueue | None = None
+        """Who wants to know which records are durable, and where guests have flushed."""
         self._to_repeat: list[Record] = []
         self.space_wanted = 0
         """Blocks, padding included, of a record that did not find room in the ring."""
@@ -446,6 +449,8 @@ class LogWriter:
         self.seal()
         self._commit_tags, self._next_tags = self._next_tags, []
         self._commit_seq = self.next_seq - 1
+        if self.ordered is not None and any(tag >= 0 for tag in self._commit_tags):
+            self.ordered.cut(self.head)
         if self._commit_seq == self.synced_seq:
             self._end_commit()
             return
@@ -543,6 +548,10 @@ class LogWriter:
                         assert state[slot] == ORPHAN
                         release(slot)
                 self._cache.admit_run(record.payload)
+            if self.ordered is not None:
+                first = record.address + record.header_blocks
+                end = records[0].address if records else self.head
+                self.ordered.add(record.address, first, end, record.zeroes, record.blocks, self.now_ns)
             for slot in record.headers:
                 release(slot)
             self._sealed_blocks -= len(record.payload)

@@ -29,6 +29,8 @@ _ELSEWHERE: Final = {
     "check": ("vhostcache.cli_cache", "check_command", "Hold all of a cache file against its checksums."),
     "drain": ("vhostcache.cli_cache", "drain_command", "Write what only a cache file has back to its image."),
     "dump": ("vhostcache.cli_cache", "dump_command", "Print the records of a cache file as JSON lines."),
+    "set": ("vhostcache.cli_tune", "set_command", "Change settings of a disk while it is in use."),
+    "retry": ("vhostcache.cli_tune", "retry_command", "Try at once what a disk's backend has refused."),
 }
 
 
@@ -42,6 +44,8 @@ class _Commands(click.Group):
             "serve",
             "status",
             "resize",
+            "set",
+            "retry",
             "info",
             "check",
             "drain",
@@ -455,17 +459,9 @@ def resize(name: str, size: str, control: str | None) -> None:
       vhostcache resize /run/vda.sock 20GiB
     """
     from vhostcache.config import parse_size
-    from vhostcache.control import control_path, query, resize_and_wait
-    from vhostcache.errors import UsageError
+    from vhostcache.control import find_volume, resize_and_wait
 
-    if control is None:
-        control = control_path(name)
-        names = [volume["name"] for volume in query(control, "status")["volumes"]]
-        if len(names) != 1:
-            raise UsageError(f"control socket '{control}'", "serves several disks", "--control, and a disk's name")
-        (name,) = names
-    else:
-        control = control_path(control)
+    control, name = find_volume(name, control)
     size_bytes = resize_and_wait(control, name, parse_size(size))
     click.echo(f"{name}: {_size(size_bytes)} ({size_bytes} bytes)")
 

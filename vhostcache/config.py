@@ -107,6 +107,7 @@ CheckpointIntervalNs = Annotated[
 Queues = Annotated[int, BeforeValidator(quantity(QUEUES, no_text)), count_schema(QUEUES)]
 Depth = Annotated[int, BeforeValidator(quantity(DEPTH, no_text)), count_schema(DEPTH)]
 Threshold = Annotated[int, BeforeValidator(quantity(DESTAGE_THRESHOLD, no_text)), count_schema(DESTAGE_THRESHOLD)]
+Policy = Annotated[Literal["merged", "ordered"], BeforeValidator(one_of("merged", "ordered"))]
 Batched = Annotated[int, BeforeValidator(quantity(BATCHED, no_text)), count_schema(BATCHED)]
 PollUs = Annotated[int, BeforeValidator(quantity(POLL, no_text)), count_schema(POLL)]
 
@@ -173,6 +174,9 @@ _NEED_A_CACHE: Final = (
 )
 
 
+_NEED_A_LOG: Final = ("destage_threshold", "policy", "max_batched_objects")
+
+
 class VolumeConfig(Model):
     """One disk."""
 
@@ -200,6 +204,11 @@ class VolumeConfig(Model):
     )
     destage_threshold: Threshold = Field(
         50, description="percent of the log: with more than this not yet on the backend, destaging does not wait"
+    )
+    policy: Policy = Field(
+        "merged",
+        description="merged: any object, in the order that merges best; ordered: one flush interval of the guest after "
+        "the other, so that without the cache the image is a flushed state and some of the next writes",
     )
     max_batched_objects: Batched = Field(
         8, description="the most objects on their way to the backend at once; fewer where it gains nothing by more"
@@ -238,7 +247,7 @@ class VolumeConfig(Model):
                     "least": format_size(4 * self.object_size),
                 },
             )
-        useless = [key for key in ("destage_threshold", "max_batched_objects") if key in self.model_fields_set]
+        useless = [key for key in _NEED_A_LOG if key in self.model_fields_set]
         if self.cache.path is None and useless:
             raise PydanticCustomError("no_cache", "{key} is of no use without cache.path", {"key": useless[0]})
         if self.incoming and self.backend.type == "qsd":

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from vhostcache.errors import ControlError, why
+from vhostcache.errors import ControlError, UsageError, why
 from vhostcache.sockets import Listener
 
 _SERVER: Final = Path(__file__).with_name("control_server.py")
@@ -159,6 +159,18 @@ class ControlChannel:
 def control_path(path: str) -> str:
     """The control socket, when a disk's own is named: that is what people have at hand."""
     return f"{path}.control" if not path.endswith(".control") and os.path.exists(f"{path}.control") else path
+
+
+def find_volume(name: str, control: str | None) -> tuple[str, str]:
+    """The control socket and the name of a disk that people have named by its name, or by a socket of its own.
+    UsageError: that one serves several."""
+    if control is not None:
+        return control_path(control), name
+    path = control_path(name)
+    names = [volume["name"] for volume in query(path, "status")["volumes"]]
+    if len(names) != 1:
+        raise UsageError(f"control socket '{path}'", "serves several disks", "--control, and a disk's name")
+    return path, names[0]
 
 
 def query(path: str, command: str, arguments: dict[str, Any] | None = None) -> Any:

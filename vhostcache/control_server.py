@@ -30,11 +30,15 @@ ANSWER_KEPT_S = 0.1
 LOOP_TIMEOUT_S = 5.0
 
 QUESTIONS = ("status",)  # without arguments: everybody within a moment may have the same answer
-CHANGES = {"resize": {"name": str, "size_bytes": int}}  # with arguments, all of which must be there
+CHANGES: dict[str, dict[str, type]] = {  # with arguments, all of which must be there
+    "resize": {"name": str, "size_bytes": int},
+    "set": {"name": str, "values": dict},
+    "retry": {"name": str},
+}
 COMMANDS = (*QUESTIONS, *CHANGES, "query-commands")
 
 
-_TYPE_NAMES = {str: "a string", int: "a whole number"}
+_TYPE_NAMES = {str: "a string", int: "a whole number", dict: "an object"}
 
 
 class Client:

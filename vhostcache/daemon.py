@@ -26,7 +26,7 @@ from enum import Enum
 from functools import partial
 from typing import Any, Final, Literal
 
-from vhostcache import metrics
+from vhostcache import metrics, tunables
 from vhostcache.assembly import CacheClaim, claim_without_cache, prepare_cache
 from vhostcache.backend.base import Backend, Opened
 from vhostcache.backend.file import LOCK_WAIT_S as IMAGE_LOCK_WAIT_S
@@ -407,6 +407,10 @@ class Daemon:
             destage=cache.destage,
             destage_threshold_percent=config.destage_threshold,
             max_batched_objects=config.max_batched_objects,
+            ordered=config.policy == "ordered",
+            preferred_bytes=backend.facts.preferred_bytes,
+            max_bytes=backend.facts.max_bytes,
+            wants_whole_objects=backend.facts.wants_whole_objects,
         )
         eviction = claim.read_cache[0] if claim.read_cache else None
         volume = LogVolume(settings, self._operations, recovered, eviction=eviction)
@@ -806,6 +810,36 @@ class Daemon:
             self._start_job(self._answer_status())
         elif question.command == "resize":
             self._answer_resize(question)
+        elif question.command in ("set", "retry"):
+            self._answer_change(question)
+
+    def _answer_change(self, question: Question) -> None:
+        """Settings, or an attempt, at once: nothing is in the way of them."""
+        assert self._control is not None
+        try:
+            index, served = self._find_served(question.arguments["name"])
+            volume = served.volume
+            if isinstance(volume, Away):
+                raise UsageError(f"volume '{served.name}'", "is with another daemon")
+            if question.command == "retry":
+                volume.retry()
+                self._log.info("retry", volume=served.name)
+            else:
+                config, values = tunables.changed(served.config, question.arguments["values"])
+                volume.tune(values)
+                served.config = config
+                self._log.info("settings", volume=served.name, **tunables.current(config))
+            self._deadlines[index] = 0
+            self._control.reply(tunables.current(served.config))
+        except UsageError as error:
+            self._control.refuse(str(error))
+
+    def _find_served(self, name: str) -> tuple[int, Served]:
+        for index, served in enumerate(self._served):
+            if served.name == name:
+                return index, served
+        names = ", ".join(f"'{served.name}'" for served in self._served[:8])
+        raise UsageError(f"volume '{name[:64]}'", "is not served here", names)
 
     # Resizing.
 
@@ -1043,6 +1077,8 @@ class Daemon:
             "misses": core["misses"],
             "flushes_received": core["flushes_received"],
             "flushes_performed": core["flushes_performed"],
+            "settings": tunables.current(config),
+            "backend_held": why_number(core["backend_held"]) if core.get("backend_held") else None,
             "cache": None if served.claim is None else {"path": served.claim.path, **metrics.log_status(core)},
         }
 

@@ -446,6 +446,10 @@ class Destager:
         """Before this nothing is to be tried on the backend."""
         return self._backoff.at_ns
 
+    def set_destage_after(self, destage_after_ns: int) -> None:
+        """From now on."""
+        self._settings = replace(self._settings, destage_after_ns=destage_after_ns)
+
     def retry(self) -> None:
         """Somebody says that the backend has been mended: try again at once."""
         self._backoff.succeeded()

@@ -15,8 +15,8 @@ Invariants:
 `requests` is the hot path.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from vhostcache import operations as op
@@ -69,14 +69,15 @@ class LogVolumeSettings(VolumeSettings):
     """More dirty log than this part of the ring is destaged without waiting for its age."""
     max_batched_objects: int = 8
     """The most objects on their way to the backend at once; it is fewer where the backend gains nothing by it."""
-    preferred_bytes: int = op.BLOCK_BYTES
-    """Of the backend: what it writes best."""
+    preferred_bytes: int = 0
+    """Of the backend: what it writes best, in size and alignment; 0: nobody knows."""
     max_bytes: int = 0
     """Of the backend: the most in one write; 0: any number."""
     ordered: bool = False
     """Policy `ordered`: one flush interval after the other reaches the backend."""
     wants_whole_objects: bool = False
-    """Of the backend: an object is better written as a whole, and once (clusters that are compressed)."""
+    """Of the backend: what it prefers (nobody knows: an object) is better written as a whole, and once (clusters that
+    are compressed)."""
     record_blocks: int = fmt.RECORD_BLOCKS
 
 
@@ -385,6 +386,26 @@ class LogVolume(GuestRequests):
 
         self._checkpointer.backend_size_bytes = size_bytes
         self._checkpointer.request(grown)
+
+    def tune(self, values: Mapping[str, int]) -> None:
+        """Change settings, which have been validated, by their names in the configuration; durations in ns."""
+        destager = self._destager
+        destage = destager.settings
+        for name, value in values.items():
+            if name == "destage":
+                destage = replace(destage, enabled=bool(value))
+            elif name == "destage_after":
+                destage = replace(destage, destage_after_ns=value)
+            elif name == "destage_threshold":
+                destage = replace(destage, threshold_blocks=self._writer.ring_blocks * value // 100)
+            elif name == "max_batched_objects":
+                destager.set_objects_max(value)
+            elif name == "sync_interval":
+                self._writer.sync_interval_ns = value
+            else:
+                assert name == "checkpoint_interval"
+                self._checkpointer.set_interval(value)
+        destager.settings = destage
 
     def retry(self) -> None:
         """Somebody says that the backend has been mended: what is held is tried again at once."""

@@ -17,7 +17,7 @@ Invariants:
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from vhostcache import operations as op
 from vhostcache.destage import Destager, DestageSettings
@@ -180,6 +180,16 @@ class Volume(GuestRequests):
         """Everything accepted is durable on the backend, and nothing waits."""
         return self._destager.settled and not (self._room or self._parked or self._ranges.active or self._io.in_flight)
 
+    def tune(self, values: Mapping[str, int]) -> None:
+        """Change settings, which have been validated, by their names in the configuration; durations in ns."""
+        for name, value in values.items():
+            assert name == "destage_after"
+            self._destager.set_destage_after(value)
+
+    def retry(self) -> None:
+        """Somebody says that the backend has been mended: what is held is tried again at once."""
+        self._destager.retry()
+
     def statistics(self) -> dict[str, int]:
         """Counters since the start and levels now; blocks are of 4 KiB."""
         block_map, destager = self._map, self._destager
@@ -199,6 +209,7 @@ class Volume(GuestRequests):
             "read_retries": self.read_retries,
             "read_timeouts": self.read_timeouts,
             **self._fills.counters,
+            "backend_held": destager.held,
             **destager.counters,
         }
 

@@ -129,6 +129,16 @@ def test_where_whole_objects_are_wanted_the_rest_is_read_first() -> None:
     assert bench.seen.count(op.READ) == 1
 
 
+def test_only_the_units_that_are_touched_are_completed() -> None:
+    bench = Backend(wants_whole_objects=True, preferred_bytes=64 << 10)
+    for block in (64, 70, 112):
+        bench.write(block)
+    bench.flush()
+    bench.wait(14 * SECOND)
+    assert bench.writes == [(64, 16), (112, 16)]
+    assert bench.seen.count(op.READ) == 1
+
+
 def test_a_wholly_dirty_object_is_written_at_once_and_nothing_is_read() -> None:
     bench = Backend(wants_whole_objects=True)
     assert bench.destage(list(range(64, 128))) == [(64, OBJECT)]
@@ -229,6 +239,48 @@ def test_an_object_that_always_fails_does_not_hold_up_the_others() -> None:
     assert bench.volume.statistics()["dirty_objects"] <= 2
 
 
+def test_an_interval_is_on_the_backend_before_the_next_begins() -> None:
+    bench = Backend(ordered=True)
+    bench.write(1)
+    bench.write(100)
+    bench.flush()
+    bench.write(1)
+    bench.write(2)
+    bench.flush()
+    bench.evict()
+    bench.seen.clear()
+    bench.wait(2 * SECOND)
+    assert bench.writes == [(1, 1), (100, 1), (1, 2)]
+    what = [code for code in bench.seen if code in (op.WRITE, op.FLUSH, op.SUPERBLOCK)]
+    end_of_step = [op.FLUSH, op.SUPERBLOCK, op.SUPERBLOCK]
+    assert what == [op.WRITE, op.WRITE, *end_of_step, op.WRITE, *end_of_step]
+
+
+def test_an_interval_longer_than_the_log_is_cut_and_does_not_stop_the_guest() -> None:
+    bench = Backend(ordered=True, ring_blocks=2048, sync_interval_ns=SECOND // 100)
+    tags = []
+    for block in range(6000):
+        tags.append(bench.write(block % 3000))
+        if block % 100 == 99:
+            bench.wait(SECOND // 5)
+    bench.wait(2 * SECOND)
+    assert all(bench.answers.get(tag) == op.STATUS_OK for tag in tags)
+
+
+def test_an_ordered_step_that_fails_is_done_again_from_where_it_failed() -> None:
+    bench = Backend(ordered=True)
+    bench.write(1)
+    bench.write(100)
+    bench.flush()
+    bench.now_ns += 2 * SECOND
+    bench.turn()
+    bench.end(op.WRITE, -ENOSPC)
+    bench.settle()
+    bench.wait(HELD_NS + SECOND)
+    assert sorted(bench.writes) == [(1, 1), (1, 1), (100, 1)]
+    assert bench.volume.statistics()["log_clean"] == bench.volume.statistics()["log_head"]
+
+
 def test_pauses_grow_and_end() -> None:
     backoff = Backoff()
     pauses = []
@@ -314,3 +366,23 @@ def test_while_the_guest_reads_the_backend_a_few_small_writes_go_at_a_time() -> 
     assert all(count <= 128 for _, count in bench.writes)
     bench.wait(SECOND)
     assert sum(count for _, count in bench.writes) == 1000
+
+
+def test_settings_change_while_the_volume_is_in_use() -> None:
+    bench = Backend(destage=False)
+    bench.write(1)
+    bench.flush()
+    bench.wait(4 * SECOND)
+    assert not bench.writes
+    bench.volume.tune({"destage": True, "destage_after": SECOND // 2, "max_batched_objects": 1})
+    bench.wait(SECOND)
+    assert bench.writes == [(1, 1)]
+    bench.volume.tune({"destage_threshold": 0, "destage_after": 3600 * SECOND})
+    bench.write(2)
+    bench.flush()
+    bench.wait(SECOND)
+    assert bench.writes == [(1, 1), (2, 1)]
+    bench.volume.tune({"sync_interval": SECOND // 10, "checkpoint_interval": SECOND})
+    bench.write(3)
+    bench.wait(SECOND)
+    assert bench.volume.statistics()["volatile_blocks"] == 0

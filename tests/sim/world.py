@@ -165,6 +165,7 @@ class Sizes:
     max_batched_objects: int
     max_blocks: int
     """Of one write to the backend; 0: any number."""
+    preferred_blocks: int
     wants_whole_objects: bool
     patience: float
     """Share of steps in which I/O in flight is left alone."""
@@ -294,6 +295,7 @@ def choose_independent_sizes(rng: random.Random) -> Sizes:
         looks=0.03,
         max_batched_objects=(1, 2, 8)[pick(0, 2)],
         max_blocks=(0, 0, 2)[pick(0, 2)],
+        preferred_blocks=(0, 0, 2)[pick(0, 2)],
         wants_whole_objects=random_number() < 0.2,
         backend_patience=(0.0, 0.0, 0.8)[pick(0, 2)],
         patience=(0.1, 0.4, 0.8)[pick(0, 2)],
@@ -517,6 +519,7 @@ class World:
                 max_batched_objects=size.max_batched_objects,
                 max_bytes=size.max_blocks * BLOCK,
                 wants_whole_objects=size.wants_whole_objects,
+                preferred_bytes=size.preferred_blocks * BLOCK,
                 ordered=self.ordered(),
                 record_blocks=size.record_blocks,
                 fill_bytes=size.fill_blocks * BLOCK,

@@ -136,6 +136,7 @@ REFUSED = [
     ("num_queues: 4", "num_queues: four", "volumes[0].num_queues: found 'four'", "1 to 64"),
     ("destage_after: 500ms", "destage_after: never", "volumes[0].destage_after: found 'never'", "from 1ms to 1h"),
     ("destage_after: 500ms", "destage_threshold: 91", "volumes[0].destage_threshold: found '91'", "from 0 to 90"),
+    ("destage_after: 500ms", "policy: order", "volumes[0].policy: found 'order'", "merged, ordered (did you mean 'ordered'?)"),
     ("destage_after: 500ms", "max_batched_objects: 0", "volumes[0].max_batched_objects: found '0'", "from 1 to 64"),
     (CACHE, "cache: {direct: 1}", "volumes[0].cache.direct: found '1'", "on, off"),
     (CACHE, "cache: {no-flush: on}", "volumes[0].cache.no-flush: is not a key here", "did you mean 'no_flush'?"),

@@ -117,9 +117,11 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 def test_it_greets_like_qmp_and_answers_a_command(connect: Connect) -> None:
     client = connect()
-    assert client.greeting == {"vhostcache": {"version": "9.9", "commands": ["status", "resize", "query-commands"]}}
+    assert client.greeting == {
+        "vhostcache": {"version": "9.9", "commands": ["status", "resize", "set", "retry", "query-commands"]}
+    }
     assert client.ask({"execute": "status"}) == {"return": {"state": "serving"}}
-    names = ("status", "resize", "query-commands")
+    names = ("status", "resize", "set", "retry", "query-commands")
     assert client.ask({"execute": "query-commands"}) == {"return": [{"name": name} for name in names]}
 
 

@@ -48,6 +48,11 @@ class Checkpointer:
         self.backend_mtime_ns: Callable[[], int] = lambda: superblock.backend_mtime_ns
         self.count = 0
 
+    def set_interval(self, interval_ns: int) -> None:
+        """From now on."""
+        self._interval_ns = interval_ns
+        self._next_ns = 0
+
     def request(self, when_done: Callable[[], None] | None = None) -> None:
         """Begin one soon, whatever has changed; `when_done` is called when one that began after this has ended."""
         self._wanted = True

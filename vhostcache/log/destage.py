@@ -94,6 +94,7 @@ class LogDestage:
         "count",
         "kept",
         "later",
+        "missing",
         "need_seq",
         "number",
         "pieces",
@@ -131,6 +132,8 @@ class LogDestage:
         self.span = range(0)
         """Blocks that are read from the backend before, to be written as a whole; and the slots they go to."""
         self.span_slots: list[int] = []
+        self.missing: list[int] = []
+        """Those of them that are not dirty, and are written too."""
         self.bridged = 0
         """Blocks that are clean, and written for the sake of their neighbours."""
         self.pieces: list[tuple[int, int, list[int], bool]] = []
@@ -583,8 +586,7 @@ class LogDestager:
         if not blocks:
             return
         if self.settings.whole_objects:
-            first = destage.number << self._map.object_shift
-            self._choose_span(destage, blocks, range(first, first + self._map.object_blocks))
+            self._choose_units(destage, blocks)
             return
         gap_blocks = self._gap_blocks()
         if not gap_blocks or blocks[-1] - blocks[0] == len(blocks) - 1:
@@ -643,6 +645,28 @@ class LogDestager:
         destage.bridged += len(gap)
         return True
 
+    def _unit_blocks(self) -> int:
+        """What a backend that wants whole objects has to be given as a whole: its own unit, if that is smaller."""
+        preferred = self.settings.preferred_blocks
+        return preferred if 1 < preferred < self._map.object_blocks else self._map.object_blocks
+
+    def _choose_units(self, destage: LogDestage, blocks: list[int]) -> None:
+        """Complete each unit of which something is dirty; one that is wholly zero stays that."""
+        unit, end = self._unit_blocks(), -(-self.size_bytes // op.BLOCK_BYTES)
+        touched = sorted({block // unit for block in blocks})
+        wanted = [block for first in touched for block in range(first * unit, min((first + 1) * unit, end))]
+        present = {*blocks, *destage.zeroes}
+        units = set(touched)
+        zeroes = [block for block in destage.zeroes if block // unit in units]
+        destage.blocks += zeroes
+        destage.slots += [ZERO_SLOT] * len(zeroes)
+        destage.zeroes = [block for block in destage.zeroes if block // unit not in units]
+        missing = [block for block in wanted if block not in present]
+        if missing:
+            destage.span = range(touched[0] * unit, wanted[-1] + 1)
+            destage.missing = missing
+            destage.bridged += len(missing)
+
     def _choose_span(self, destage: LogDestage, blocks: Sequence[int], span: range) -> None:
         """Write all of these blocks: what there is of them are `blocks`, and zeroes."""
         end = min(span.stop, -(-self.size_bytes // op.BLOCK_BYTES))
@@ -650,10 +674,12 @@ class LogDestager:
         destage.blocks += zeroes
         destage.slots += [ZERO_SLOT] * len(zeroes)
         destage.zeroes = [block for block in destage.zeroes if not span.start <= block < end]
-        missing = end - span.start - len(blocks) - len(zeroes)
+        present = {*blocks, *zeroes}
+        missing = [block for block in range(span.start, end) if block not in present]
         if missing:
             destage.span = range(span.start, end)
-            destage.bridged += missing
+            destage.missing = missing
+            destage.bridged += len(missing)
 
     def _read_span(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
         span = destage.span
@@ -768,10 +794,9 @@ class LogDestager:
     def _write(self, destage: LogDestage) -> None:
         """All sources are there: to the backend."""
         if destage.span:
-            first, present = destage.span.start, set(destage.blocks)
-            left = [block for block in destage.span if block not in present]
-            destage.blocks += left
-            destage.slots += [destage.span_slots[block - first] for block in left]
+            first = destage.span.start
+            destage.blocks += destage.missing
+            destage.slots += [destage.span_slots[block - first] for block in destage.missing]
         if not (destage.blocks or destage.zeroes):
             self._end_write(destage)
             self._written.append(destage)
@@ -782,6 +807,9 @@ class LogDestager:
         most = self.settings.max_blocks or len(blocks) + len(destage.zeroes)
         if self._modulator.gentle:
             most = min(most, GENTLE_BLOCKS)
+        if self.settings.whole_objects:
+            unit = self._unit_blocks()
+            most = max(unit, most // unit * unit)
         pieces = [(blocks[start], end - start, slots[start:end], False) for start, end in _runs(blocks, most)]
         kept = destage.kept
         for may_unmap in (True, False) if kept else (True,):

@@ -158,7 +158,7 @@ class LogWriter:
         self.record_blocks = record_blocks
         self._entries_max = entries_max
         self._volatile_max = volatile_max
-        self._sync_interval_ns = sync_interval_ns
+        self.sync_interval_ns = sync_interval_ns
         self._flush_window_ns = flush_window_ns
         self.open: Record | None = None
         self._records: deque[Record] = deque()
@@ -424,7 +424,7 @@ class LogWriter:
         if not self._committing and not self._next_tags:
             since_ns = self._volatile_since_ns()
             if since_ns < op.NEVER:
-                due_ns = since_ns + self._sync_interval_ns
+                due_ns = since_ns + self.sync_interval_ns
                 deadline_ns = min(deadline_ns, due_ns)
                 if now_ns >= due_ns or self.volatile_blocks >= self._volatile_max:
                     self.commit(INTERNAL)

@@ -599,7 +599,7 @@ def _print_status(answers: list[Any]) -> None:
             log = volume.get("cache")
             table.add_row(
                 Text(volume["name"]),
-                Text(volume["state"], style="" if volume["state"] == "serving" else "bold red"),
+                Text(_state(volume), style="" if _state(volume) == "serving" else "bold red"),
                 "connected" if volume["connected"] else "absent",
                 Text(volume["mode"] + (", read-only" if volume["read_only"] else "")),
                 *(_size(volume[key]) for key in ("size_bytes", "dirty_bytes", "cached_bytes", "ram_bytes")),
@@ -608,6 +608,12 @@ def _print_status(answers: list[Any]) -> None:
                 f"{volume['flushes_received']:,}",
             )
         console.print(table)
+
+
+def _state(volume: dict[str, Any]) -> str:
+    """Of a volume, or where its storage is, if that is not here."""
+    here = volume["state"] != "serving" or volume["storage"] == "held"
+    return str(volume["state"] if here else volume["storage"])
 
 
 def _size(size_bytes: int) -> str:

@@ -135,7 +135,9 @@ def image(tmp_path: Path) -> Path:
 def make(tmp_path: Path, ram_dir: Path, image: Path) -> Iterator[Callable[..., Side]]:
     with contextlib.ExitStack() as stack:
 
-        def start(name: str, *options: str, cache: bool = True) -> Side:
+        def start(words: str, *options: str, cache: bool = True) -> Side:
+            name, *more = words.split()
+            options += tuple(more)
             side = Side(tmp_path, ram_dir, image, name, *options, cache=cache)
             stack.callback(side.daemon.reap)
             side.daemon.start()
@@ -168,9 +170,10 @@ def check(frontend: Frontend, written: dict[int, bytes]) -> None:
     assert frontend.read(0, 65536) == noise(GUARD_BYTES, "guard")[:65536]
 
 
-@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])
-def test_what_was_written_is_there_on_the_other_side_and_back_again(make: Callable[..., Side], cache: bool) -> None:
-    a, b = make("a", cache=cache), make("b", "--incoming", cache=cache)
+@pytest.mark.parametrize("kind", ["cache", "read-cache", "no-cache"])
+def test_what_was_written_is_there_on_the_other_side_and_back_again(make: Callable[..., Side], kind: str) -> None:
+    options = ["--read-cache=32MiB"] if kind == "read-cache" else []
+    a, b = (make(name, *options, cache=kind != "no-cache") for name in ("a", "b --incoming"))
     sides = [a, b, a, b]
     source = a.frontend()
     written: dict[int, bytes] = {}

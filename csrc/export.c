@@ -3,6 +3,7 @@
  * Quiesce: when a message stops a queue, or changes memory or features under a running one, nothing more is popped, the core is asked
  * to settle what it has (VHC_EV_QUIESCE), and the message waits. Guest memory stays mapped until every request has been completed or
  * dropped and no I/O uses it any more. The same holds when the front-end leaves, however it does. */
+#include "backend.h"
 #include "internal.h"
 
 #include <errno.h>
@@ -355,6 +356,8 @@ void connection_input(struct connection *connection, uint32_t events)
 void connection_progress(struct connection *connection)
 {
     tell_core(connection);
+    if (connection->quiescing && connection->may_drop && connection->guest_io && connection->volume->backend->facts.can_abandon)
+        requests_abandon(connection);
     if (connection->bus_error && (connection->state == CONNECTION_ACTIVE || connection->graceful))
         connection_close(connection, 1, "the front-end has truncated its memory");
     if (connection->state == CONNECTION_ACTIVE && connection->held && consider(connection))

@@ -319,6 +319,8 @@ void request_report(struct request *request);
 struct request *request_by_tag(vhc_engine *engine, uint32_t tag);
 void request_complete(struct request *request, uint8_t status);
 void request_drop(struct request *request);
+/* Drop the reads that the core has left to the engine: nobody else can. */
+void requests_abandon(struct connection *connection);
 void request_copy_in(const struct request *request, uint32_t offset, uint32_t bytes, uint8_t *target);
 void request_copy_out(const struct request *request, uint32_t offset, uint32_t bytes, const uint8_t *source);
 void histogram_add(uint64_t *histogram, uint64_t value);

@@ -210,6 +210,7 @@ static bool read_facts(struct nbd_handle *nbd, const struct nbd_target *target, 
         .can_trim = nbd_can_trim(nbd) > 0,
         .can_fua = nbd_can_fua(nbd) > 0,
         .can_multi_conn = nbd_can_multi_conn(nbd) > 0,
+        .can_abandon = 1,
         .rotational = nbd_is_rotational(nbd) > 0,
     };
     return true;

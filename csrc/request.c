@@ -168,6 +168,16 @@ void request_drop(struct request *request)
     }
 }
 
+void requests_abandon(struct connection *connection)
+{
+    vhc_engine *engine = connection->volume->engine;
+    for (uint32_t tag = 0; tag < engine->tags; tag++) {
+        struct request *request = engine->by_tag[tag];
+        if (request && request->connection == connection && request->direct_ios && request->direct_ios->group == IO_NO_GROUP)
+            request_drop(request);
+    }
+}
+
 void request_copy_in(const struct request *request, uint32_t offset, uint32_t bytes, uint8_t *target)
 {
     const struct iovec *segment = request->payload;

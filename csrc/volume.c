@@ -240,7 +240,7 @@ void vhc_volume_disconnect(vhc_engine *engine, uint32_t number)
 {
     assert(number < engine->volumes_count);
     struct volume *volume = engine->volumes[number];
-    if (volume->connection.state == CONNECTION_ACTIVE)
+    if (volume->connection.state != CONNECTION_NONE)
         connection_close(&volume->connection, 0, "the daemon wants it");
 }
 

@@ -128,6 +128,7 @@ class Served:
     closing: bool = False
     log_progress: tuple[int, ...] | None = None  # at the end: how far the log had come ...
     give_up_at_ns: int = NEVER  # ... and when to wait no longer for more
+    gave_up: bool = False  # on its backend, which is not there: what is dirty stays in the log
     growth: Growth | None = None
     growing: bool = False  # the backend has grown, and the superblocks are to say so
     resize_error: str = ""  # of the last one
@@ -146,7 +147,7 @@ class Served:
         """At the end everything goes to the image. With a cache file it may as well stay there."""
         if self.is_away:
             return False
-        return self.claim is None or (self.config.cache.drain_on_exit and not self.failed)
+        return self.claim is None or (self.config.cache.drain_on_exit and not (self.failed or self.gave_up))
 
 
 class Daemon:
@@ -331,6 +332,7 @@ class Daemon:
             destage_after_ns=config.destage_after,
             fill_bytes=config.fill_bytes,
             backend_timeout_ns=config.backend_timeout or 0,
+            can_abandon=backend.facts.can_abandon,
         )
         volume = Volume(settings, self._operations)
         hand_over = self._hand_over(index, config)
@@ -400,6 +402,7 @@ class Daemon:
             destage_after_ns=config.destage_after,
             fill_bytes=config.fill_bytes,
             backend_timeout_ns=config.backend_timeout or 0,
+            can_abandon=backend.facts.can_abandon,
             tier_entries=claim.layout.entries,
             sync_interval_ns=cache.sync_interval,
             flush_window_ns=cache.flush_window,
@@ -739,6 +742,7 @@ class Daemon:
         elif kind == EVENT_BACKEND:
             message = served.top.message if served.top is not None else ""
             notice = served.backend.happened(argument, message, now_ns)
+            self._give_up_if_lost(index)
             if notice is not None:
                 log.limited(now_ns, _LEVELS.get(notice.event, "error"), notice.event, name, **notice.fields)
 
@@ -794,7 +798,11 @@ class Daemon:
             elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 name = signal.Signals(number).name
                 if self._shutting_down:
-                    loses = any(served.claim is None for served in self._served if served.state is not State.STOPPED)
+                    for index, served in enumerate(self._served):
+                        if served.state is State.DRAINING and served.backend.kind != "file":
+                            self._give_up(index)
+                    rest = [served for served in self._served if served.state is not State.STOPPED]
+                    loses = any(served.claim is None for served in rest)
                     what = "loses what is dirty" if loses else "leaves the rest to the next start"
                     self._log.warning("still-draining", signal=name, hint=f"only SIGKILL ends it now, and {what}")
                 else:
@@ -978,6 +986,28 @@ class Daemon:
             self._deadlines[index] = 0
             self._progress_at_ns = 0
             self._rare = True
+            self._give_up_if_lost(index)
+
+    def _give_up_if_lost(self, index: int) -> None:
+        """A volume that stops does not wait for a server that is not there, if its log may keep what is dirty."""
+        served = self._served[index]
+        if served.state is State.DRAINING and served.backend.is_lost and not served.drains:
+            self._give_up(index)
+
+    def _give_up(self, index: int) -> None:
+        """End without the backend. The front-end submits to the next daemon what has not been answered."""
+        served = self._served[index]
+        volume, top = served.volume, served.top
+        if not isinstance(volume, LogVolume) or served.gave_up or top is None:
+            return
+        served.gave_up = True
+        self._log.warning(
+            "backend-given-up", volume=served.name, hint="the log keeps what is dirty, for the next start"
+        )
+        volume.drain(False)
+        top.give_up()
+        self._engine.disconnect_volume(index)
+        self._deadlines[index] = 0
 
     def _fail(self, index: int) -> None:
         """This volume cannot go on; the others can. The exit status will say so."""

@@ -45,6 +45,7 @@ _FACTS_FLAGS: Final = (
     "can_multi_conn",
     "wants_whole_objects",
     "can_resize",
+    "can_abandon",
     "rotational",
 )
 _FACTS: Final = _FACTS_NUMBERS + _FACTS_FLAGS

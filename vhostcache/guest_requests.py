@@ -62,6 +62,8 @@ class VolumeSettings:
     it. Writes as large may go past RAM while it fills."""
     backend_timeout_ns: int = 0
     """A read that only the backend can answer fails after this; 0: it waits as long as it takes."""
+    can_abandon: bool = False
+    """The backend's: a read into guest memory may be dropped while it is under way."""
     threshold_percent: int = 60
     """More dirty blocks than this part of RAM are destaged without waiting for their age."""
 
@@ -95,6 +97,7 @@ class GuestRequests:
         """A heap of reads under way that may not wait for ever: deadline, a number, read."""
         self._jobs_limited = 0
         self._timeout_ns = settings.backend_timeout_ns
+        self._can_abandon = settings.can_abandon
         self._reads_failing = False
         self._read_pause_ns = 0
         self._streams: dict[int, int] = {}
@@ -170,7 +173,7 @@ class GuestRequests:
         """It has gone; the engine has seen every request of it answered or dropped."""
         assert not self._room
         assert not self._parked
-        assert not self._direct
+        assert all(read.job.over for read in self._direct)
         assert not self._retries
 
     def _resize(self, size_bytes: int) -> None:
@@ -203,8 +206,12 @@ class GuestRequests:
             if fill.tag != NOBODY:
                 dropped.append(fill.tag)
                 fill.tag = NOBODY
-            jobs.update((id(reader[0]), reader[0]) for reader in fill.readers if not reader[0].direct)
-            fill.readers = [reader for reader in fill.readers if reader[0].direct]
+            stay = [reader for reader in fill.readers if reader[0].direct and not self._can_abandon]
+            jobs.update((id(reader[0]), reader[0]) for reader in fill.readers if reader not in stay)
+            fill.readers = stay
+        if self._can_abandon:
+            # Those of the log end by themselves; their request is dropped all the same.
+            jobs.update((id(read.job), read.job) for read in self._direct)
         for job in jobs.values():
             if not job.over:
                 job.over = True

@@ -48,6 +48,7 @@ class Facts:
     can_multi_conn: bool = False
     wants_whole_objects: bool = False  # a part of an object costs it more than the whole
     can_resize: bool = False
+    can_abandon: bool = False  # a read is dropped at once, whether it answers or not
     rotational: bool = False
 
 
@@ -86,6 +87,7 @@ class Opened(Protocol):
     def write(self, offset_bytes: int, data: bytes) -> None: ...
     def zero(self, offset_bytes: int, size_bytes: int) -> None: ...
     def flush(self) -> None: ...
+    def give_up(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -178,6 +180,11 @@ class Backend(ABC):
     def happened(self, what: int, message: str, now_ns: int) -> Notice | None:
         """The engine has told something of it (VHC_EV_BACKEND); a Notice, if it is news."""
         return None
+
+    @property
+    def is_lost(self) -> bool:
+        """Its server is not there, or has become something else: everything that needs it waits."""
+        return False
 
     def status(self, now_ns: int) -> dict[str, Any]:
         """Its type, and the state of what can be lost."""

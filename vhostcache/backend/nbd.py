@@ -73,6 +73,10 @@ class NbdBackend(Backend):
     def happened(self, what: int, message: str, now_ns: int) -> Notice | None:
         return self._connection.happened(what, message, now_ns)
 
+    @property
+    def is_lost(self) -> bool:
+        return self._connection.state != "connected"
+
     def status(self, now_ns: int) -> dict[str, Any]:
         return {"type": self.kind, **self._connection.status(now_ns)}
 

@@ -104,6 +104,10 @@ class QsdBackend(Backend):
             return None
         return self._connection.happened(what, message, now_ns)
 
+    @property
+    def is_lost(self) -> bool:
+        return self._connection.state != "connected"
+
     def status(self, now_ns: int) -> dict[str, Any]:
         server = self._server
         process = {"pid": server.pid, "restarts": server.restarts} if server is not None else {}

@@ -164,6 +164,12 @@ def check_command(
     is_flag=True,
     help="Go on where the cache knows its image by another path or address, and the image cannot be marked.",
 )
+@click.option(
+    "--accept-changed-image",
+    is_flag=True,
+    help="Go on where others have changed the image since (grown it, for one): CACHE's data is written over it."
+    " A file system that others have mounted meanwhile may be damaged by that. Never an image that has shrunk.",
+)
 @_RAM_DIR
 def drain_command(
     cache: str | None,
@@ -173,6 +179,7 @@ def drain_command(
     accept_lost_ram: bool,
     give_up_damaged: bool,
     accept_moved: bool,
+    accept_changed_image: bool,
     ram_dir: str | None,
 ) -> None:
     """Write everything that only CACHE has back to its image, as a daemon would.
@@ -198,7 +205,7 @@ def drain_command(
     with _opened(cache, ram_dir, write=True) as (file, tier), _image(chosen, read_only=False) as image:
         assert image is not None
         mark = image.backend.read_mark()
-        facts = _facts(image.backend, file, accept_moved)
+        facts = _facts(image.backend, file, accept_moved, accept_changed_image)
         with _bar("draining") as bar:
             task = bar.add_task("", total=None)
             recovered = recovery.recover(
@@ -220,7 +227,8 @@ def drain_command(
                 give_up=_say_lost if give_up_damaged else None,
             )
         image.backend.settle()
-        closed = recovery.close(file, recovered.superblock, _facts(image.backend, file, accept_moved), destaged=True)
+        facts = _facts(image.backend, file, accept_moved, accept_changed_image)
+        closed = recovery.close(file, recovered.superblock, facts, destaged=True)
         if mark is not None and mark.uuid == closed.uuid:
             image.backend.write_mark(Mark(closed.uuid, closed.epoch, dirty=False))
         if os.path.isdir(folder := _ram_folder(ram_dir)):
@@ -389,7 +397,7 @@ def _connected(config: NbdBackendConfig | QsdBackendConfig, read_only: bool, obj
         yield _OpenImage(backend, _EngineWriter(backend, backend.attach(engine)))
 
 
-def _facts(image: Backend, file: CacheFile, accept_moved: bool = False) -> BackendFacts:
+def _facts(image: Backend, file: CacheFile, accept_moved: bool = False, accept_changed: bool = False) -> BackendFacts:
     """The image, judged by its mark first: an old copy of a cache file is told by that alone."""
     from vhostcache import identity
     from vhostcache.assembly import image_of
@@ -400,8 +408,8 @@ def _facts(image: Backend, file: CacheFile, accept_moved: bool = False) -> Backe
     if block is not None and accept_moved and not found.can_be_marked:
         found = replace(found, stamp=replace(found.stamp, identity=block.backend_identity))
     if block is not None:
-        identity.with_cache(found, file.path, block)
-    return identity.backend_facts(found, block)
+        identity.with_cache(found, file.path, block, accept_changed)
+    return replace(identity.backend_facts(found, block), is_accepted=accept_changed)
 
 
 def _examine(file: CacheFile, tier: Tier | None, facts: BackendFacts | None = None) -> Finding:

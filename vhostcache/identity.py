@@ -24,6 +24,7 @@ from vhostcache.errors import CacheError
 from vhostcache.log.recovery import BackendFacts
 from vhostcache.log.superblock import Superblock
 
+_ACCEPT: Final = "`vhostcache drain --accept-changed-image`"
 DISCARD: Final = "or give up what only the cache held: --discard-dirty-data"
 
 
@@ -93,9 +94,14 @@ def no_cache_file(path: str) -> RefusedError:
     )
 
 
-def with_cache(image: Image, path: str, superblock: Superblock) -> Judgement:
-    """What becomes of a cache file that has a superblock. RefusedError: nothing, until somebody decides."""
+def with_cache(image: Image, path: str, superblock: Superblock, accept_changed: bool = False) -> Judgement:
+    """What becomes of a cache file that has a superblock. RefusedError: nothing, until somebody decides.
+
+    `accept_changed`: an image without a mark is taken as it is; one with an old mark is not, for it lacks what was
+    written back since."""
     _belongs(image, path, superblock)
+    if accept_changed and image.mark is None:
+        return Judgement(Action.USE)
     if image.mark is not None and image.mark.uuid != superblock.uuid:
         return Judgement(Action.COLD, f"{image.subject} has been used with another cache since")
     changed = _change(image, superblock)
@@ -104,7 +110,10 @@ def with_cache(image: Image, path: str, superblock: Superblock) -> Judgement:
     if not may_be_dirty(superblock):
         return Judgement(Action.COLD, f"{image.subject} {changed}")
     raise RefusedError(
-        image.subject, changed, f"as it was left to '{path}', which has data that is not in it", "restore the image"
+        image.subject,
+        changed,
+        f"as it was left to '{path}', which has data that is not in it",
+        "restore the image" + (", or write it there as it is now: " + _ACCEPT if image.mark is None else ""),
     )
 
 

@@ -679,6 +679,29 @@ def test_an_image_that_has_grown_is_refused_where_its_growth_is_not_all_that_may
     assert recover(closed(dirty=True), None, NEW_BOOT, same).finding.decision is Decision.WARM
 
 
+@pytest.mark.parametrize("change", [{"size_bytes": 1 << 31}, {"mtime_ns": 5}, {"size_bytes": 1 << 31, "mtime_ns": 5}])
+def test_a_changed_image_that_a_person_accepts_gets_what_it_lacks_and_nothing_else_is_believed(
+    change: dict[str, int],
+) -> None:
+    disk, writer = open_cache()
+    writer.write(1, b"written back")
+    writer.flush()
+    writer.checkpoint(destaged=True)
+    writer.write(2, b"dirty")
+    writer.flush()
+    writer.checkpoint(clean=True)
+    image = dataclasses.replace(IMAGE, **change)
+    refused(disk, image=image, boot=NEW_BOOT)
+    recovered = recover(disk, None, NEW_BOOT, dataclasses.replace(image, is_accepted=True))
+    assert recovered.finding.decision is Decision.EVICT
+    assert blocks_of(recovered, disk) == {2: fill(b"dirty")}
+
+
+def test_an_image_that_has_shrunk_is_never_accepted() -> None:
+    image = dataclasses.replace(IMAGE, size_bytes=1 << 29, is_accepted=True)
+    assert "had 1073741824" in str(refused(closed(dirty=True), image=image))
+
+
 def test_a_cold_cache_is_emptied() -> None:
     disk = closed(dirty=False)
     block = dataclasses.replace(disk.superblock, cold=True)

@@ -283,3 +283,27 @@ def test_a_shutdown_in_the_midst_of_a_resize_ends_it_first(disk: CachedDisk) -> 
     with disk.frontend() as frontend:
         assert frontend.capacity == DISK_BYTES + MIB
         assert frontend.read(4 * MIB, 65536) == noise(65536, "dirty")
+
+
+# An image that others have changed.
+
+
+def test_an_image_grown_by_hand_after_the_end_gets_what_its_cache_has_when_its_user_says_so(disk: CachedDisk) -> None:
+    disk.daemon.start()
+    with disk.frontend() as frontend:
+        frontend.write(4 * MIB, noise(65536, "dirty"))
+        frontend.flush()
+    disk.daemon.stop()
+    for size in (DISK_BYTES + MIB, DISK_BYTES):  # and back again
+        os.truncate(disk.image, size)
+        assert "drain --accept-changed-image" in disk.refused()
+    os.truncate(disk.image, DISK_BYTES + MIB)
+    drain = [VHOSTCACHE, "drain", disk.cache, "--backend", disk.image, "--ram-dir", disk.ram_dir]
+    assert subprocess.run(drain, capture_output=True, timeout=TIMEOUT_S).returncode == 1
+    subprocess.run([*drain, "--accept-changed-image"], check=True, capture_output=True, timeout=TIMEOUT_S)
+    assert disk.in_image(4 * MIB, 65536) == noise(65536, "dirty")
+    disk.daemon.start()
+    with disk.frontend() as frontend:
+        assert frontend.capacity == DISK_BYTES + MIB
+        assert frontend.read(4 * MIB, 65536) == noise(65536, "dirty")
+    disk.assert_good()

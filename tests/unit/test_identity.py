@@ -53,6 +53,18 @@ def refused(image: Image, superblock: Superblock, discardable: bool = True) -> s
     return str(caught.value)
 
 
+def test_an_image_without_its_mark_may_be_accepted_and_an_old_copy_may_not() -> None:
+    assert "drain --accept-changed-image" in refused(PLAIN, DIRTY)
+    assert identity.with_cache(PLAIN, "c", DIRTY, accept_changed=True).action is Action.USE
+    old = replace(MARKED, mark=Mark(UUID, 6, dirty=True))
+    assert "--accept-changed-image" not in refused(old, DIRTY)
+    with pytest.raises(RefusedError, match="is an old copy"):
+        identity.with_cache(old, "c", DIRTY, accept_changed=True)
+    other = replace(PLAIN, stamp=Stamp(b"another path", 1000))
+    with pytest.raises(RefusedError, match="another image"):
+        identity.with_cache(other, "c", DIRTY, accept_changed=True)
+
+
 @pytest.mark.parametrize("superblock", [CLEAN, DIRTY, CRASHED])
 def test_a_cache_and_its_image_are_used_together(superblock: Superblock) -> None:
     for image in (MARKED, CLEAN_MARK):

@@ -51,6 +51,8 @@ class BackendFacts:
     """Of its data; 0: nobody can tell, as with a block device."""
     is_marked: bool = False
     """It says itself that this cache is its own."""
+    is_accepted: bool = False
+    """A person says that it is good as it is, whoever has changed it."""
 
 
 class Decision(Enum):
@@ -316,6 +318,17 @@ class Situation:
         return block.cold or (self.other_size and not self.only_grown) or (block.clean and self.other_mtime)
 
     @property
+    def change_is_accepted(self) -> bool:
+        """What others have done to the image is to stay; what it lacks is here. There has to be room for that."""
+        backend, block = self.backend, self.superblock
+        return (
+            backend is not None
+            and backend.is_accepted
+            and not block.cold
+            and backend.size_bytes >= block.backend_size_bytes
+        )
+
+    @property
     def image_is_younger(self) -> bool:
         """Without an orderly end that says little: we ourselves may have written it after the last superblock."""
         block = self.superblock
@@ -463,19 +476,25 @@ DECISIONS: Final = (
     ),
     # Whether the image is the one that the log belongs on (hazard 11).
     Row(
-        lambda s: s.image_changed and s.is_dirty,
+        lambda s: s.image_changed and s.is_dirty and not s.change_is_accepted,
         Decision.REFUSE,
         lambda s: f"{s.how_changed}, while there is data here that it does not have",
         "the image as it was left",
-        "restore the image, or give up what it does not have with --discard-dirty-data",
+        "restore the image, or write that over it as it is now with `vhostcache drain --accept-changed-image`, or give "
+        "it up with --discard-dirty-data",
     ),
-    Row(lambda s: s.image_changed, Decision.COLD, lambda s: f"{s.how_changed}, and has everything that was here"),
+    Row(
+        lambda s: s.image_changed and not s.is_dirty,
+        Decision.COLD,
+        lambda s: f"{s.how_changed}, and has everything that was here",
+    ),
     # Everything is well.
     Row(
         lambda s: bool(s.replay),
         Decision.REPLAY,
         lambda s: f"was not closed; the RAM tier has {len(s.replay)} more record{'s' if len(s.replay) > 1 else ''}",
     ),
+    Row(lambda s: s.image_changed, Decision.EVICT, lambda s: f"{s.how_changed}, and is accepted as it is"),
     Row(lambda s: s.superblock.clean, Decision.WARM, "was closed in good order"),
     Row(
         lambda s: s.image_is_younger,
@@ -502,7 +521,7 @@ def judge(situation: Situation, subject: str) -> Finding:
         situation.copies,
         situation.walk if row.reads_log else None,
         situation.replay if row.reads_log and row.decision is not Decision.COLD else (),
-        row.decision in (Decision.REPLAY, Decision.EVICT) and situation.image_is_younger,
+        row.decision in (Decision.REPLAY, Decision.EVICT) and (situation.image_is_younger or situation.image_changed),
     )
 
 

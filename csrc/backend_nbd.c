@@ -11,7 +11,11 @@
  * Invariants. A command is in one list: waiting, a link's, or ended. Writes that the server had acknowledged and not flushed when a
  * connection broke may be lost: the next flush then fails once, so that the core writes them again (`doubts`). A write that was sent
  * on a broken connection is sent again and may be executed twice, never after a newer one of ours has been acknowledged ... unless
- * the server goes on working at a connection that we have given up. Nobody can fence that off: docs/ARCHITECTURE.md says so. */
+ * the server goes on working at a connection that we have given up. Nobody can fence that off: docs/ARCHITECTURE.md says so.
+ *
+ * QEMU's compress filter answers EIO to what would change a cluster that is stored as it is, because it did not shrink. Such a
+ * command goes to a second export of the same server, the image without that filter, over a link of its own. A flush covers both:
+ * below the filter it is one image. */
 #include <errno.h>
 #include <poll.h>
 #include <stdio.h>
@@ -31,6 +35,9 @@
 #define FIRST_PAUSE_NS 100000000ull
 #define LONGEST_PAUSE_NS 5000000000ull
 #define DRAIN_NS 1000000000ull    /* for answers, before a connection is left */
+#define UNCOMPRESSED MAX_LINKS    /* the link to the second export, once it has been needed */
+#define LINKS (MAX_LINKS + 1)
+#define QUEUES 3u
 #define ATTEMPT 256u /* watched descriptors of attempts are numbered from here on */
 
 struct command {
@@ -39,6 +46,7 @@ struct command {
     struct link *link; /* that it was sent on, or NULL */
     uint8_t kind;      /* of the command: a zeroing I/O may have to be written */
     bool staged;
+    bool uncompressed; /* to the second export */
     int error;         /* a positive errno */
     uint64_t offset;
     uint32_t bytes, position; /* position: in the I/O */
@@ -63,12 +71,14 @@ struct link {
 struct nbd {
     struct backend *backend;
     struct nbd_target *target;
+    struct nbd_target *uncompressed; /* the second export, or NULL */
+    bool uncompressed_needed;
     vhc_backend_facts facts; /* at the start */
     uint32_t max_bytes;
     bool can_zero, lost, refused, given_up, abandoned;
-    struct link links[MAX_LINKS];
+    struct link links[LINKS];
     uint32_t wanted, up;
-    struct commands waiting[2]; /* what somebody waits for; the background */
+    struct commands waiting[QUEUES]; /* what somebody waits for; the background; what goes to the second export */
     struct commands ended;
     uint32_t waiting_count;
     uint64_t written, flushed; /* commands that have succeeded; how many of them a flush has covered */
@@ -106,7 +116,7 @@ static void command_finish(struct nbd *nbd, struct command *command, int error)
 
 static void enqueue(struct nbd *nbd, struct command *command, bool first)
 {
-    struct commands *queue = &nbd->waiting[command->io->background];
+    struct commands *queue = &nbd->waiting[command->uncompressed ? 2 : command->io->background];
     if (first)
         TAILQ_INSERT_HEAD(queue, command, entry);
     else
@@ -285,10 +295,16 @@ static void transmit(struct nbd *nbd, struct link *link, struct command *command
     TAILQ_INSERT_TAIL(&nbd->ended, command, entry);
 }
 
-static struct link *idlest(struct nbd *nbd)
+static bool is_wanted(const struct nbd *nbd, uint32_t index)
+{
+    return index < nbd->wanted || (index == UNCOMPRESSED && nbd->uncompressed_needed);
+}
+
+static struct link *idlest(struct nbd *nbd, bool uncompressed)
 {
     struct link *best = NULL;
-    for (uint32_t i = 0; i < nbd->wanted; i++) {
+    uint32_t first = uncompressed ? UNCOMPRESSED : 0, end = uncompressed ? LINKS : nbd->wanted;
+    for (uint32_t i = first; i < end; i++) {
         struct link *link = &nbd->links[i];
         if (!link->nbd || link->commands == MAX_LINK_COMMANDS || (link->commands && link->bytes >= MAX_LINK_BYTES) || is_dead(link))
             continue;
@@ -322,7 +338,7 @@ static bool pump_queue(struct nbd *nbd, struct commands *queue)
     while ((command = TAILQ_FIRST(queue))) {
         struct link *link = NULL;
         bool wanted = !command->io->abandoned && !doubtful(nbd, command);
-        if (wanted && !(link = idlest(nbd)))
+        if (wanted && !(link = idlest(nbd, command->uncompressed)))
             return false;
         if (wanted && !prepare(nbd, command)) {
             backend_wake_at(nbd->backend, nbd->backend->engine->now_ns + FIRST_PAUSE_NS);
@@ -343,7 +359,7 @@ static void end_abandoned(struct nbd *nbd)
 {
     struct command *command, *next;
     nbd->abandoned = false;
-    for (int i = 0; i < 2; i++) {
+    for (uint32_t i = 0; i < QUEUES; i++) {
         for (command = TAILQ_FIRST(&nbd->waiting[i]); command; command = next) {
             next = TAILQ_NEXT(command, entry);
             if (!command->io->abandoned)
@@ -363,7 +379,8 @@ static void pump(struct nbd *nbd)
         end_abandoned(nbd);
     if (pump_queue(nbd, &nbd->waiting[0]))
         pump_queue(nbd, &nbd->waiting[1]);
-    for (uint32_t i = 0; i < nbd->wanted; i++)
+    pump_queue(nbd, &nbd->waiting[2]);
+    for (uint32_t i = 0; i < LINKS; i++)
         if (nbd->links[i].nbd && !is_dead(&nbd->links[i]))
             watch(nbd, &nbd->links[i]);
 }
@@ -389,6 +406,18 @@ static void succeeded(struct nbd *nbd, struct command *command)
     }
 }
 
+static void send_uncompressed(struct nbd *nbd, struct command *command)
+{
+    command->error = 0;
+    command->uncompressed = true;
+    enqueue(nbd, command, false);
+    if (!nbd->uncompressed_needed) {
+        nbd->uncompressed_needed = true;
+        backend_wake_at(nbd->backend, 0);
+    }
+    backend_wants_push(nbd->backend);
+}
+
 static void answered(struct nbd *nbd, struct command *command)
 {
     if (doubtful(nbd, command)) {
@@ -397,6 +426,8 @@ static void answered(struct nbd *nbd, struct command *command)
         nbd->can_zero = false;
         write_zeroes(nbd, command->io, command->position, command->bytes);
         command_finish(nbd, command, 0);
+    } else if (command->error == EIO && nbd->uncompressed && !command->uncompressed && command->kind != IO_READ && command->kind != IO_FLUSH) {
+        send_uncompressed(nbd, command);
     } else {
         if (command->error)
             nbd->stats.errors++;
@@ -439,7 +470,8 @@ static void drop_link(struct nbd *nbd, struct link *link)
     nbd_close(link->nbd); /* calls nobody back */
     link->nbd = NULL;
     link->broken = false;
-    nbd->up--;
+    if (link->index != UNCOMPRESSED)
+        nbd->up--;
     while ((command = TAILQ_LAST(&link->sent, commands))) {
         TAILQ_REMOVE(&link->sent, command, entry);
         count_out(nbd, command);
@@ -479,7 +511,7 @@ static void settle(struct nbd *nbd)
         TAILQ_REMOVE(&again, command, entry);
         send_again(nbd, command);
     }
-    for (uint32_t i = 0; i < MAX_LINKS; i++)
+    for (uint32_t i = 0; i < LINKS; i++)
         if (nbd->links[i].nbd && is_dead(&nbd->links[i]))
             link_lost(nbd, &nbd->links[i]);
 }
@@ -517,8 +549,10 @@ static bool link_up(struct nbd *nbd, struct link *link, struct nbd_handle *handl
         link->nbd = NULL;
         return false;
     }
-    nbd->up++;
     nbd->stats.connects++;
+    if (link->index == UNCOMPRESSED)
+        return true;
+    nbd->up++;
     if (!facts->can_multi_conn)
         nbd->wanted = 1;
     if (!facts->can_zero)
@@ -529,7 +563,7 @@ static bool link_up(struct nbd *nbd, struct link *link, struct nbd_handle *handl
 static void start_attempt(struct nbd *nbd, struct link *link)
 {
     link->retry_ns = BACKEND_NEVER;
-    link->attempt = nbd_attempt_start(nbd->target);
+    link->attempt = nbd_attempt_start(link->index == UNCOMPRESSED ? nbd->uncompressed : nbd->target);
     if (!link->attempt) {
         schedule(nbd, link);
     } else if (!backend_watch(nbd->backend, ATTEMPT + link->index, nbd_attempt_fd(link->attempt), EPOLLIN)) {
@@ -547,13 +581,15 @@ static void attempt_over(struct nbd *nbd, struct link *link)
     watch_remove(nbd->backend->engine, nbd_attempt_fd(link->attempt));
     struct nbd_handle *handle = nbd_attempt_finish(link->attempt, &facts, &refused, error, sizeof error);
     link->attempt = NULL;
-    if (link->index >= nbd->wanted) { /* not any more */
+    if (!is_wanted(nbd, link->index)) { /* not any more */
         nbd_close(handle);
         return;
     }
     if (!handle || !same_export(nbd, &facts, error, sizeof error)) {
         schedule(nbd, link);
-        if (!handle && !refused) {
+        if (link->index == UNCOMPRESSED) {
+            /* the other links say what is the matter */
+        } else if (!handle && !refused) {
             tell_lost(nbd, error);
         } else if (!nbd->up && !(nbd->refused && strcmp(nbd->backend->message, error) == 0)) {
             nbd->lost = nbd->refused = true;
@@ -566,10 +602,12 @@ static void attempt_over(struct nbd *nbd, struct link *link)
         schedule(nbd, link);
         return;
     }
+    backend_wants_push(nbd->backend);
+    if (link->index == UNCOMPRESSED)
+        return;
     if (nbd->lost)
         backend_event(nbd->backend, VHC_BACKEND_CONNECTED, "connected again");
     nbd->lost = nbd->refused = false;
-    backend_wants_push(nbd->backend);
 }
 
 static void serve_link(struct link *link, uint32_t events)
@@ -604,8 +642,10 @@ static uint64_t nbd_tick(struct backend *backend, uint64_t now_ns)
 {
     struct nbd *nbd = backend->state;
     uint64_t next_ns = BACKEND_NEVER;
-    for (uint32_t i = 0; i < nbd->wanted && !nbd->given_up; i++) {
+    for (uint32_t i = 0; i < LINKS && !nbd->given_up; i++) {
         struct link *link = &nbd->links[i];
+        if (!is_wanted(nbd, i))
+            continue;
         if (link->retry_ns <= now_ns && !link->nbd && !link->attempt)
             start_attempt(nbd, link);
         if (link->retry_ns < next_ns)
@@ -627,7 +667,7 @@ static bool nbd_abandon(struct backend *backend, struct io *io)
 
 static void disconnect(struct nbd *nbd)
 {
-    for (uint32_t i = 0; i < MAX_LINKS; i++) {
+    for (uint32_t i = 0; i < LINKS; i++) {
         struct link *link = &nbd->links[i];
         if (link->attempt) {
             watch_remove(nbd->backend->engine, nbd_attempt_fd(link->attempt));
@@ -647,12 +687,12 @@ static void nbd_drain(struct backend *backend)
     struct nbd *nbd = backend->state;
     uint64_t deadline_ns = clock_ns() + DRAIN_NS;
     while (nbd->stats.in_flight && clock_ns() < deadline_ns) {
-        struct pollfd fds[MAX_LINKS] = {0};
-        for (uint32_t i = 0; i < MAX_LINKS; i++)
+        struct pollfd fds[LINKS] = {0};
+        for (uint32_t i = 0; i < LINKS; i++)
             fds[i] = (struct pollfd){.fd = nbd->links[i].nbd ? nbd_aio_get_fd(nbd->links[i].nbd) : -1, .events = (short)nbd->links[i].watched};
-        if (poll(fds, MAX_LINKS, DRAIN_NS / 10 / 1000000) < 0 && errno != EINTR)
+        if (poll(fds, LINKS, DRAIN_NS / 10 / 1000000) < 0 && errno != EINTR)
             break;
-        for (uint32_t i = 0; i < MAX_LINKS; i++) {
+        for (uint32_t i = 0; i < LINKS; i++) {
             if (nbd->links[i].nbd && fds[i].revents)
                 serve_link(&nbd->links[i], (uint32_t)fds[i].revents);
             if (nbd->links[i].nbd && !is_dead(&nbd->links[i]))
@@ -668,7 +708,7 @@ static void nbd_give_up(struct backend *backend)
     struct command *command;
     nbd->given_up = true;
     disconnect(nbd);
-    for (int i = 0; i < 2; i++) {
+    for (uint32_t i = 0; i < QUEUES; i++) {
         while ((command = TAILQ_FIRST(&nbd->waiting[i]))) {
             TAILQ_REMOVE(&nbd->waiting[i], command, entry);
             nbd->waiting_count--;
@@ -690,13 +730,15 @@ static void nbd_end(struct backend *backend)
     struct nbd *nbd = backend->state;
     struct command *command;
     disconnect(nbd);
-    for (int i = 0; i < 2; i++) {
+    for (uint32_t i = 0; i < QUEUES; i++) {
         while ((command = TAILQ_FIRST(&nbd->waiting[i]))) {
             TAILQ_REMOVE(&nbd->waiting[i], command, entry);
             command_free(command);
         }
     }
     nbd_target_release(nbd->target);
+    if (nbd->uncompressed)
+        nbd_target_release(nbd->uncompressed);
     free(nbd);
 }
 
@@ -728,10 +770,10 @@ static struct backend *make(vhc_engine *engine, struct nbd_target *target, const
     nbd->target = target;
     nbd->max_bytes = facts->max_bytes && facts->max_bytes < MAX_DATA_BYTES ? facts->max_bytes : MAX_DATA_BYTES;
     nbd->can_zero = facts->can_zero;
-    TAILQ_INIT(&nbd->waiting[0]);
-    TAILQ_INIT(&nbd->waiting[1]);
+    for (uint32_t i = 0; i < QUEUES; i++)
+        TAILQ_INIT(&nbd->waiting[i]);
     TAILQ_INIT(&nbd->ended);
-    for (uint32_t i = 0; i < MAX_LINKS; i++) {
+    for (uint32_t i = 0; i < LINKS; i++) {
         struct link *link = &nbd->links[i];
         link->owner = nbd;
         link->index = i;
@@ -756,6 +798,16 @@ vhc_backend *vhc_backend_nbd(vhc_engine *engine, const vhc_nbd_config *config, c
         return NULL;
     }
     struct nbd *nbd = backend->state;
+    if (config->uncompressed_uri) {
+        vhc_nbd_config second = *config;
+        second.uri = config->uncompressed_uri;
+        nbd->uncompressed = nbd_target_new(&second, error, error_bytes);
+        if (!nbd->uncompressed) {
+            nbd_close(handle);
+            vhc_backend_close(backend);
+            return NULL;
+        }
+    }
     nbd->wanted = config->connections > MAX_LINKS ? MAX_LINKS : config->connections ? config->connections : 1;
     if (!link_up(nbd, &nbd->links[0], handle, &facts)) {
         snprintf(error, error_bytes, "the connection cannot be watched: %s", strerror(errno));

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -387,7 +387,7 @@ def _connected(config: NbdBackendConfig | QsdBackendConfig, read_only: bool, obj
 
     with contextlib.ExitStack() as stack:
         backends = stack.enter_context(contextlib.ExitStack())  # closed after the engine
-        engine: Any = stack.enter_context(Engine(poll_max_us=0))
+        engine = stack.enter_context(Engine(poll_max_us=0))
         backend: Backend
         if isinstance(config, NbdBackendConfig):
             backend = NbdBackend(config, engine, read_only)

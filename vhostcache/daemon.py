@@ -252,10 +252,8 @@ class Daemon:
 
     def _open_backend(self, volume: VolumeConfig, stack: contextlib.ExitStack, waits: bool = True) -> Backend:
         """Not `waits`: whoever has it is not waited for."""
-        if volume.backend.type != "file" and not hasattr(self._engine, "nbd_backend"):
-            raise UsageError(volume.name, f"a backend of type {volume.backend.type} cannot be served yet")
         wait_s = IMAGE_LOCK_WAIT_S if waits else 0.0
-        backend = open_backend(volume, self._opener, wait_s, locked=not (waits and volume.incoming))
+        backend = open_backend(volume, self._engine, wait_s, locked=not (waits and volume.incoming))
         stack.callback(backend.close)
         if waits:
             for warning in backend.warnings:
@@ -300,7 +298,7 @@ class Daemon:
     ) -> Served:
         """A volume and its storage; or its storage alone, which comes to the volume `attach_to`."""
         facts, mode = backend.facts, config.cache_mode
-        top = top or stack_backend(config, backend, self._opener)
+        top = top or stack_backend(config, backend, self._engine)
         common: dict[str, Any] = {
             "listen_fd": listener.detach() if attach_to is None else -1,
             "backend": top,
@@ -404,6 +402,7 @@ class Daemon:
             backend_timeout_ns=config.backend_timeout or 0,
             can_abandon=backend.facts.can_abandon,
             tier_entries=claim.layout.entries,
+            wants_whole_objects=backend.facts.wants_whole_objects,
             sync_interval_ns=cache.sync_interval,
             flush_window_ns=cache.flush_window,
             checkpoint_interval_ns=cache.checkpoint_interval,
@@ -413,7 +412,6 @@ class Daemon:
             ordered=config.policy == "ordered",
             preferred_bytes=backend.facts.preferred_bytes,
             max_bytes=backend.facts.max_bytes,
-            wants_whole_objects=backend.facts.wants_whole_objects,
         )
         eviction = claim.read_cache[0] if claim.read_cache else None
         volume = LogVolume(settings, self._operations, recovered, eviction=eviction)
@@ -449,10 +447,6 @@ class Daemon:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         self._signals, self._waker = receiver, sender
         self._engine.watch(receiver.fileno(), _WATCH_SIGNALS)
-
-    @property
-    def _opener(self) -> Any:
-        return self._engine
 
     def _watch_backend(self, index: int, descriptor: int) -> None:
         self._engine.watch(descriptor, _WATCH_BACKENDS + index)
@@ -946,7 +940,7 @@ class Daemon:
                 raise ImageError(
                     backend.identity, f"is {size_bytes} bytes large", f"{told_bytes}, as the front-end has been told"
                 )
-            top = stack_backend(served.config, backend, self._opener)
+            top = stack_backend(served.config, backend, self._engine)
             stack.callback(top.close)
             claim = self._claim(served.config, backend, stack, waits=False)
             new = self._add(served.config, backend, served.listener, claim, index, top)

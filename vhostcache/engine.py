@@ -234,14 +234,18 @@ class Engine:
         tls_psk_file: str | None = None,
         tls_username: str | None = None,
         tls_verify: bool = True,
+        uncompressed_uri: str | None = None,
     ) -> EngineBackend:
-        """An NBD server's export. Connects, and waits for that; EngineError: one line says why not."""
+        """An NBD server's export. Connects, and waits for that; EngineError: one line says why not.
+
+        `uncompressed_uri`: the same image without QEMU's compress filter, which has to take what that one refuses.
+        """
         error = ffi.new("char[]", _ERROR_BYTES)
         texts = [
             ffi.NULL if text is None else ffi.new("char[]", os.fsencode(text))
-            for text in (uri, tls_certificates, tls_psk_file, tls_username)
+            for text in (uri, tls_certificates, tls_psk_file, tls_username, uncompressed_uri)
         ]
-        config = ffi.new("vhc_nbd_config *", [*texts, connections, tls_verify, read_only])
+        config = ffi.new("vhc_nbd_config *", [*texts[:4], connections, tls_verify, read_only, texts[4]])
         handle = lib.vhc_backend_nbd(self._engine, config, error, _ERROR_BYTES)
         return EngineBackend(_checked_handle(handle, error))
 

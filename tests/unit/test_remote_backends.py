@@ -80,6 +80,7 @@ def test_an_nbd_backend_is_connected_as_configured() -> None:
             "tls_psk_file": "/k",
             "tls_username": None,
             "tls_verify": False,
+            "uncompressed_uri": None,
         }
     ]
     assert backend.facts.size_bytes == 64 * MIB

@@ -105,6 +105,7 @@ class Opener(Protocol):
         tls_psk_file: str | None,
         tls_username: str | None,
         tls_verify: bool,
+        uncompressed_uri: str | None,
     ) -> Opened: ...
     def wrap_backend(self, below: Any, kind: str, parameters: str) -> Opened: ...
 

@@ -60,7 +60,7 @@ class NbdBackend(Backend):
         """Connect. ImageError: one line."""
         self._config = config
         self._connection = Connection(config.label)
-        self._opened = connect(self.identity, config, config.uri, opener, read_only)
+        self._opened = connect(self.identity, config, opener, read_only)
         self.facts = self._opened.facts
 
     @property
@@ -103,17 +103,20 @@ class NbdBackend(Backend):
         """The connections are the engine's."""
 
 
-def connect(subject: str, config: NbdBackendConfig, uri: str, opener: Opener, read_only: bool) -> Opened:
+def connect(
+    subject: str, config: NbdBackendConfig, opener: Opener, read_only: bool, uncompressed_uri: str | None = None
+) -> Opened:
     """ImageError: refused, or not what is needed; nothing is left open but what the engine closes with itself."""
     try:
         opened = opener.nbd_backend(
-            uri,
+            config.uri,
             connections=config.connections,
             read_only=read_only,
             tls_certificates=config.tls_certificates,
             tls_psk_file=config.tls_psk_file,
             tls_username=config.tls_username,
             tls_verify=config.tls_verify,
+            uncompressed_uri=uncompressed_uri,
         )
     except EngineError as error:
         raise ImageError(subject, error.found, error.expected, error.hint) from error

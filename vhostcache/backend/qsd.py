@@ -47,7 +47,7 @@ class QsdBackend(Backend):
             self.warnings = server.warnings
             self._refuse_small_objects(server.node.cluster_bytes, object_bytes)
             uri = NbdBackendConfig.model_validate({"type": "nbd", "uri": server.uri, "connections": CONNECTIONS})
-            self._opened = connect(self.identity, uri, server.uri, opener, read_only)
+            self._opened = connect(self.identity, uri, opener, read_only, server.uncompressed_uri)
         except BaseException:
             self.close()
             raise

@@ -42,6 +42,7 @@ STOP_S: Final = 30.0  # and what closing one may take
 _LAUNCHER: Final = Path(__file__).with_name("qsd_launcher.py")
 _FOLDER_PREFIX: Final = "vhostcache-qsd-"
 _EXPORT: Final = "vhostcache"
+_UNCOMPRESSED: Final = "uncompressed"
 _FIRST_DELAY_NS: Final = 100_000_000
 _LAST_DELAY_NS: Final = 10_000_000_000
 _HEALTHY_NS: Final = 60_000_000_000  # one that has lived this long starts the delays anew
@@ -103,6 +104,14 @@ class QsdServer:
     def uri(self) -> str:
         """Where it serves its only export."""
         return f"nbd+unix:///?socket={self.socket_path}"
+
+    @property
+    def uncompressed_uri(self) -> str | None:
+        """Where it serves the same without its compress filter, if it has one on top: that refuses to write where data
+        that did not shrink has been stored as it is."""
+        if self._config.blockdev["driver"] != "compress" or self._read_only:
+            return None
+        return f"nbd+unix:///{_UNCOMPRESSED}?socket={self.socket_path}"
 
     @property
     def is_stopping(self) -> bool:
@@ -202,28 +211,34 @@ class QsdServer:
     def _ask(self) -> None:
         """Everything at once: answers come in order, and after an error this one is given up."""
         assert self._qmp is not None
-        name = str(self._config.blockdev.get("node-name", _EXPORT))
+        node = self._blockdev()
         commands: list[tuple[str, dict[str, Any]]] = [
             ("qmp_capabilities", {}),
             *(("object-add", made) for made in self._config.objects),
-            ("blockdev-add", self._blockdev(name)),
+            ("blockdev-add", node),
             ("query-named-block-nodes", {"flat": True}),
             ("nbd-server-start", {"addr": {"type": "unix", "data": {"path": self.socket_path}}}),
-            (
-                "block-export-add",
-                {"type": "nbd", "id": _EXPORT, "node-name": name, "name": "", "writable": not self._read_only},
-            ),
+            ("block-export-add", self._export(_EXPORT, node["node-name"], "")),
         ]
+        if self.uncompressed_uri is not None:
+            export = self._export(_UNCOMPRESSED, node["file"]["node-name"], _UNCOMPRESSED)
+            commands.append(("block-export-add", export))
         self._waiting = deque(["greeting", *(command for command, _ in commands)])
         lines = [json.dumps({"execute": command, "arguments": given}, default=str) for command, given in commands]
         with contextlib.suppress(OSError):  # it has died, as will be seen
             self._qmp.sendall("".join(f"{line}\n" for line in lines).encode())
 
-    def _blockdev(self, name: str) -> dict[str, Any]:
+    def _export(self, identifier: str, node_name: str, name: str) -> dict[str, Any]:
+        writable = not self._read_only
+        return {"type": "nbd", "id": identifier, "node-name": node_name, "name": name, "writable": writable}
+
+    def _blockdev(self) -> dict[str, Any]:
         """What the user has given wins. Layers below take `discard` and `cache` over, unless they say otherwise."""
         given = self._config.blockdev
         cache = {"direct": self._direct, **given.get("cache", {})}
-        made = {"discard": "unmap", **given, "node-name": name, "cache": cache}
+        made = {"discard": "unmap", "node-name": _EXPORT, **given, "cache": cache}
+        if self.uncompressed_uri is not None:
+            made["file"] = {"node-name": _UNCOMPRESSED, **given["file"]}
         if self._read_only:
             made["read-only"] = True
         return made

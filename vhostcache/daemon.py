@@ -793,7 +793,7 @@ class Daemon:
                 name = signal.Signals(number).name
                 if self._shutting_down:
                     for index, served in enumerate(self._served):
-                        if served.state is State.DRAINING and served.backend.kind != "file":
+                        if served.state is State.DRAINING:
                             self._give_up(index)
                     rest = [served for served in self._served if served.state is not State.STOPPED]
                     loses = any(served.claim is None for served in rest)
@@ -994,12 +994,14 @@ class Daemon:
         volume, top = served.volume, served.top
         if not isinstance(volume, LogVolume) or served.gave_up or top is None:
             return
+        served.failed = served.failed or served.drains
         served.gave_up = True
         self._log.warning(
             "backend-given-up", volume=served.name, hint="the log keeps what is dirty, for the next start"
         )
         volume.drain(False)
-        top.give_up()
+        if served.backend.kind != "file":  # whose I/O ends by itself
+            top.give_up()
         self._engine.disconnect_volume(index)
         self._deadlines[index] = 0
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,4 +143,47 @@ def test_what_a_backend_refuses_is_kept_until_the_user_has_mended_it(tmp_path: P
             assert frontend.read(0, BLOCK) == model[:BLOCK]
         assert image.read_bytes() == bytes(DISK_BYTES)
         full.unlink()
+    assert image.read_bytes() == model
+
+
+def end_by_two_signals(served: Daemon) -> int:
+    assert served._process is not None
+    process = served._process
+    process.send_signal(signal.SIGTERM)
+    served.wait_for("draining")
+    process.send_signal(signal.SIGTERM)
+    served.wait_for("backend-given-up")
+    served._process = None
+    return process.wait(60)
+
+
+def test_a_second_signal_leaves_in_the_log_what_an_image_refuses(tmp_path: Path, image: Path) -> None:
+    refusing = tmp_path / "refusing"
+    refusing.touch()
+    fault = {"fault": {"kind": "write", "errno": "ENOSPC", "while_exists": str(refusing)}}
+    served = daemon(tmp_path, {"type": "file", "path": str(image), "wrap": [fault]})
+    model = bytearray(DISK_BYTES)
+    served.start()
+    work(tmp_path / "disk.sock", model, 4)
+    assert end_by_two_signals(served) == 1
+    assert served.events("closed")[0]["dirty_bytes"] > 0
+    refusing.unlink()
+    with served:
+        pass
+    assert image.read_bytes() == model
+
+
+def test_a_second_signal_leaves_in_the_log_what_a_server_that_is_away_has_not(tmp_path: Path, image: Path) -> None:
+    server = nbdkit(tmp_path, "file", image)
+    model = bytearray(DISK_BYTES)
+    with server:
+        served = daemon(tmp_path, {"type": "nbd", "uri": server.uri}, destage_after="1h")
+        served.start()
+        work(tmp_path / "disk.sock", model, 5)
+        server.kill()
+        served.wait_for("backend-lost")
+        assert end_by_two_signals(served) == 1
+        server.start()
+        with served:
+            pass
     assert image.read_bytes() == model

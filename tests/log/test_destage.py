@@ -10,7 +10,7 @@ import pytest
 from tests.log.test_log_volume import SECOND, Bench
 from vhostcache import operations as op
 from vhostcache.backoff import HELD_NS, Backoff, Trouble
-from vhostcache.log.depth import QUIET_NS, Modulator, ObjectsInFlight
+from vhostcache.log.depth import ASSUMED_BLOCKS_PER_S, QUIET_NS, SAMPLES, Modulator, ObjectsInFlight, Speed
 from vhostcache.log.destage import REMOTE_NS
 
 ENOSPC = 28
@@ -53,7 +53,7 @@ class Backend(Bench):
             self.settle()
 
     def remote(self, latency_ns: int) -> None:
-        self.volume._destager._depth.latency_ns = latency_ns
+        self.volume._destager._speed._before_ns = self.volume._destager._speed._now_ns = latency_ns
 
 
 def _length(words: list[int], at: int) -> int:
@@ -314,7 +314,7 @@ def test_trouble_of_one_is_not_the_trouble_of_all() -> None:
     ids=["one at a time", "four at once", "as many as one likes"],
 )
 def test_objects_in_flight_adapt_to_what_the_backend_does_side_by_side(servers: int, least: int, most: int) -> None:
-    depth = ObjectsInFlight(16)
+    depth = ObjectsInFlight(16, Speed())
     now_ns = 1
     free = [0] * servers
     running: list[int] = []
@@ -331,8 +331,42 @@ def test_objects_in_flight_adapt_to_what_the_backend_does_side_by_side(servers: 
     assert least <= mean <= most
 
 
+def test_latency_is_the_least_of_late_and_queues_are_none_of_it() -> None:
+    speed = Speed()
+    for latency_ns in (30_000_000, 2_000_000, 40_000_000):
+        speed.answered(latency_ns)
+    assert speed.latency_ns == 2_000_000
+    for _ in range(2 * SAMPLES):
+        speed.answered(5_000_000)
+    assert speed.latency_ns == 5_000_000
+
+
+def test_large_writes_say_what_the_backend_transfers_and_small_ones_that_it_is_no_less() -> None:
+    speed = Speed()
+    for _ in range(12):
+        speed.transferred(16_384, 16, SECOND)  # 64 MiB/s
+    assert 16_000 < speed.blocks_per_s < 17_000
+    speed.transferred(8_000, 8_000, SECOND)
+    assert 16_000 < speed.blocks_per_s < 17_000
+    speed.transferred(30_000, 10_000, SECOND)
+    assert speed.blocks_per_s == 30_000
+    for _ in range(200):
+        speed.transferred(1000, 1000, SECOND)
+    assert speed.blocks_per_s == ASSUMED_BLOCKS_PER_S, "it may have become faster"
+
+
+def test_gaps_are_smaller_where_bytes_are_dear() -> None:
+    bench = Backend()
+    bench.destage(list(range(10, 20)))
+    bench.remote(2_000_000)
+    assert bench.destage([10, 14]) == [(10, 5)]
+    bench.remote(2_000_000)
+    bench.volume._destager._speed.blocks_per_s = 16_384
+    assert bench.destage([10, 14]) == [(10, 1), (14, 1)]
+
+
 def test_a_failure_halves_what_is_in_flight() -> None:
-    depth = ObjectsInFlight(16)
+    depth = ObjectsInFlight(16, Speed())
     depth.limit = 12
     depth.failed()
     assert depth.limit == 6

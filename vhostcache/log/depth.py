@@ -1,6 +1,7 @@
 """How much destaging at once: adapted to what the backend gains from it, and to the guest's reads.
 
 `ObjectsInFlight` owns the number of objects that may be on their way to the backend, between 1 and a maximum.
+`Speed` owns what is known of the backend's latency and of its bytes a second.
 `Modulator` takes from that while the guest keeps the backend busy with reads, and gives back as the log fills. Both are
 told what has happened and when; neither has a clock, nor touches anything.
 """
@@ -13,12 +14,53 @@ GAIN: Final = 0.5
 """One object more has to raise throughput by this share of what it would if objects did not disturb each other."""
 PROBE_ROUNDS: Final = 8
 """After so many rounds without a change one more object is tried again: backends change."""
+ASSUMED_BLOCKS_PER_S: Final = 1 << 16
+"""What a backend is taken to transfer until it has been measured, and drifts back to: 256 MiB/s."""
+LARGE_BLOCKS: Final = 64
+"""Writes of 256 KiB and more on average say what the backend transfers; small ones only that it is at least so much."""
+SAMPLES: Final = 64
+"""The least latency of this many writes, and of as many before, is taken for the backend's own."""
 QUIET_NS: Final = 50_000_000
 """A guest that has not read the backend for so long does not keep it busy."""
 GENTLE_WRITES: Final = 2
 """So many writes at once while the guest reads the backend ..."""
 GENTLE_BLOCKS: Final = 128
 """... each of at most 512 KiB, so that a read waits for little."""
+
+
+class Speed:
+    """The least latency and the most throughput of late: what is between them is queues, of our own making too."""
+
+    __slots__ = ("_before_ns", "_count", "_now_ns", "blocks_per_s")
+
+    def __init__(self) -> None:
+        self._before_ns = 0
+        self._now_ns = 0
+        self._count = 0
+        self.blocks_per_s = ASSUMED_BLOCKS_PER_S
+
+    @property
+    def latency_ns(self) -> int:
+        """Of a small write; 0: not known."""
+        if not self._before_ns or not self._now_ns:
+            return self._before_ns or self._now_ns
+        return min(self._before_ns, self._now_ns)
+
+    def answered(self, latency_ns: int) -> None:
+        """A small write has taken so long."""
+        self._now_ns = min(self._now_ns, latency_ns) if self._count else latency_ns
+        self._count += 1
+        if self._count == SAMPLES:
+            self._before_ns, self._count = self._now_ns, 0
+
+    def transferred(self, blocks: int, writes: int, time_ns: int) -> None:
+        """So much in that time, in which there was always something to do."""
+        seen = max(1, blocks * 1_000_000_000 // time_ns)
+        if blocks >= LARGE_BLOCKS * writes:
+            self.blocks_per_s = (self.blocks_per_s + seen) // 2
+        else:
+            drifted = self.blocks_per_s + self.blocks_per_s // 64
+            self.blocks_per_s = max(seen, min(drifted, ASSUMED_BLOCKS_PER_S))
 
 
 class ObjectsInFlight:
@@ -29,30 +71,30 @@ class ObjectsInFlight:
 
     __slots__ = (
         "_before",
+        "_blocks",
         "_ended",
         "_idle",
         "_rate",
         "_round_ns",
         "_saturated",
         "_slow_start",
-        "_work",
-        "latency_ns",
+        "_speed",
+        "_writes",
         "limit",
         "most",
     )
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, speed: Speed) -> None:
         self.most = most
+        self._speed = speed
         self.limit = min(2, most)
-        self.latency_ns = 0
-        """Of the writes that a destage gives to the backend at once, smoothed; 0: not known."""
         self._before = 0
         """The limit before it was raised on trial; 0: there is no trial."""
         self._rate = 0.0
         """Work a second with that one."""
         self._round_ns = 0
         self._ended = 0
-        self._work = 0
+        self._blocks = self._writes = 0
         self._saturated = True
         self._idle = PROBE_ROUNDS
         self._slow_start = True
@@ -69,22 +111,21 @@ class ObjectsInFlight:
         self._idle = PROBE_ROUNDS
         self._new_round(0)
 
-    def measured(self, latency_ns: int) -> None:
-        """A batch of writes has taken so long."""
-        self.latency_ns = latency_ns if not self.latency_ns else (7 * self.latency_ns + latency_ns) // 8
-
     def ended(self, blocks: int, writes: int, now_ns: int, saturated: bool) -> None:
         """A destage has ended well; `saturated`: the limit was reached while it ran."""
         if not self._round_ns:
             self._round_ns = now_ns
             return
         self._ended += 1
-        self._work += blocks + 16 * writes
+        self._blocks += blocks
+        self._writes += writes
         self._saturated = self._saturated and saturated
         if self._ended < ROUND * self.limit or now_ns <= self._round_ns:
             return
+        took_ns = now_ns - self._round_ns
+        self._speed.transferred(self._blocks, self._writes, took_ns)
         if self._saturated:
-            self._judge(self._work * 1e9 / (now_ns - self._round_ns))
+            self._judge((self._blocks + 16 * self._writes) * 1e9 / took_ns)
         self._new_round(now_ns)
 
     def _judge(self, rate: float) -> None:
@@ -115,7 +156,7 @@ class ObjectsInFlight:
 
     def _new_round(self, now_ns: int) -> None:
         self._round_ns = now_ns
-        self._ended = self._work = 0
+        self._ended = self._blocks = self._writes = 0
         self._saturated = True
 
 

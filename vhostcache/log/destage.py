@@ -22,7 +22,7 @@ from vhostcache.backend_io import BackendIo
 from vhostcache.backoff import Trouble
 from vhostcache.log import format as fmt
 from vhostcache.log.choose import NOBODY, Chooser
-from vhostcache.log.depth import GENTLE_BLOCKS, GENTLE_WRITES, Modulator, ObjectsInFlight
+from vhostcache.log.depth import GENTLE_BLOCKS, GENTLE_WRITES, Modulator, ObjectsInFlight, Speed
 from vhostcache.log.index import LogIndex
 from vhostcache.log.losses import Losses
 from vhostcache.log.ordered import OrderedQueue
@@ -53,8 +53,6 @@ SMALL_WRITE_BLOCKS: Final = 16
 """Latency is measured on writes of at most 64 KiB."""
 WRITES_AT_ONCE: Final = 16
 """What a backend is taken to do side by side."""
-BLOCKS_PER_S: Final = 1 << 16
-"""What a backend is taken to transfer: 256 MiB/s."""
 GAP_BLOCKS_MAX: Final = 128
 
 
@@ -260,7 +258,8 @@ class LogDestager:
         """Nothing new is started."""
         self.trouble = Trouble(notices)
         self._chooser = Chooser(index, self._is_waiting, writer.durable_address)
-        self._depth = ObjectsInFlight(settings.objects_max)
+        self._speed = Speed()
+        self._depth = ObjectsInFlight(settings.objects_max, self._speed)
         self._modulator = Modulator()
         self._begun: list[LogDestage] = []
         """Their writes were given to the engine since the time was known last."""
@@ -307,6 +306,8 @@ class LogDestager:
             "backend_held": self.trouble.held,
             "objects_in_flight": len(self.in_flight),
             "objects_limit": self._depth.limit,
+            "backend_latency_us": self._speed.latency_ns // 1000,
+            "backend_blocks_per_s": self._speed.blocks_per_s,
         }
 
     def set_objects_max(self, objects_max: int) -> None:
@@ -352,7 +353,7 @@ class LogDestager:
         for destage in self._ended:
             took_ns = now_ns - destage.began_ns if destage.began_ns else 0
             if destage.small and took_ns:
-                self._depth.measured(took_ns * WRITES_AT_ONCE // max(WRITES_AT_ONCE, destage.small))
+                self._speed.answered(took_ns * WRITES_AT_ONCE // max(WRITES_AT_ONCE, destage.small))
             if destage.pieces:
                 destage.resting_ns = now_ns + int(took_ns * (1.0 - self._modulator.share))
             else:
@@ -362,7 +363,7 @@ class LogDestager:
         for destage in self._begun:
             destage.began_ns = now_ns
         self._begun = []
-        if not self.in_flight and self._depth.limit > 1:
+        if (not self.in_flight and self._depth.limit > 1) or self._modulator.share < 1.0:
             self._depth.pause()
 
     def _modulate(self) -> None:
@@ -571,12 +572,12 @@ class LogDestager:
     # --- clean blocks that are written too ---
 
     def _gap_blocks(self) -> int:
-        """How many clean blocks may be written to save one write: as many as are transferred in an eighth of the time
-        that a small write takes, or what fills up the backend's own unit. 0: the backend is near."""
-        latency_ns = self._depth.latency_ns
+        """How many clean blocks may be written to save one write: half of what is transferred in the share of time that
+        a small write takes of the backend, or what fills up the backend's own unit. 0: the backend is near."""
+        latency_ns = self._speed.latency_ns
         if latency_ns < REMOTE_NS:
             return 0
-        blocks = latency_ns * BLOCKS_PER_S // 8_000_000_000
+        blocks = latency_ns * self._speed.blocks_per_s // (2 * WRITES_AT_ONCE * 1_000_000_000)
         return min(GAP_BLOCKS_MAX, max(blocks, self.settings.preferred_blocks - 1))
 
     def _choose_neighbours(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
@@ -605,9 +606,10 @@ class LogDestager:
             previous = block
         if filled:
             destage.zeroes = [block for block in destage.zeroes if block not in filled]
-        latency_ns, span = self._depth.latency_ns, range(blocks[0], blocks[-1] + 1)
-        transfer_ns = len(span) * 1_000_000_000 // BLOCKS_PER_S
-        if -(-runs // WRITES_AT_ONCE) * latency_ns > 4 * (latency_ns + transfer_ns):
+        latency_ns, span = self._speed.latency_ns, range(blocks[0], blocks[-1] + 1)
+        more = 2 * len(span) - len(blocks) - len(filled)
+        transfer_ns = more * 1_000_000_000 // self._speed.blocks_per_s
+        if (runs - 1) * latency_ns // WRITES_AT_ONCE > 2 * (2 * latency_ns + transfer_ns):
             self._choose_span(destage, [*blocks, *filled], span)
 
     def _bridge(self, destage: LogDestage, gap: range, zeroes: set[int], fetch: list[tuple[int, int]]) -> bool:

@@ -1104,7 +1104,7 @@ class Daemon:
             "flushes_received": core["flushes_received"],
             "flushes_performed": core["flushes_performed"],
             "settings": tunables.current(config),
-            "backend_held": why_number(core["backend_held"]) if core.get("backend_held") else None,
+            "backend_held": why_number(-core["backend_held"]) if core.get("backend_held") else None,
             "cache": None if served.claim is None else {"path": served.claim.path, **metrics.log_status(core)},
         }
 

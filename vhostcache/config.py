@@ -74,6 +74,8 @@ CHECKPOINT_INTERVAL: Final = Range(10**9, 3600 * 10**9, "a duration from 1s to 1
 FILL: Final = Range(
     4 * KIB, MIB, "a power of two from 4KiB to 1MiB, such as 64KiB", multiple_of=4096, power_of_two=True
 )
+READAHEAD: Final = Range(0, 64 * MIB, "a size up to 64MiB, such as 4MiB, or 0 for none", multiple_of=4096)
+REMOTE_READAHEAD_BYTES: Final = 4 * MIB
 REMOTE_FILL_BYTES: Final = 64 * KIB  # a remote backend takes as long for this as for 4 KiB
 READ_CACHE: Final = Range(
     16 * MIB, 8 * TIB, "a size from 16MiB to 8TiB, such as 2GiB, in steps of 4KiB", multiple_of=4096
@@ -85,6 +87,7 @@ RamBytes = Annotated[int, BeforeValidator(quantity(RAM, parse_size)), WithJsonSc
 ObjectBytes = Annotated[int, BeforeValidator(quantity(OBJECT, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
 CacheBytes = Annotated[int, BeforeValidator(quantity(CACHE, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
 ReadCacheBytes = Annotated[int, BeforeValidator(quantity(READ_CACHE, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
+ReadaheadBytes = Annotated[int, BeforeValidator(quantity(READAHEAD, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
 FillBytes = Annotated[int, BeforeValidator(quantity(FILL, parse_size)), WithJsonSchema(SIZE_SCHEMA)]
 BackendTimeoutNs = Annotated[
     int, BeforeValidator(quantity(BACKEND_TIMEOUT, parse_duration)), WithJsonSchema(DURATION_SCHEMA)
@@ -228,6 +231,11 @@ class VolumeConfig(Model):
         description="what is read from the backend at once, aligned, for a read that only it can answer; by default as "
         "much as is asked for of a file, and 64KiB of a remote backend",
     )
+    readahead: ReadaheadBytes | None = Field(
+        None,
+        description="the most that is read ahead of a sequential stream; by default nothing of a file, whose host does "
+        "that, and 4MiB of a remote backend",
+    )
     backend_timeout: BackendTimeoutNs | None = Field(
         None,
         description="a read that only the backend can answer fails when it has waited for so long; by default it waits "
@@ -273,6 +281,13 @@ class VolumeConfig(Model):
         if self.fill_size is not None:
             return self.fill_size
         return 4 * KIB if self.backend.type == "file" else REMOTE_FILL_BYTES
+
+    @property
+    def readahead_bytes(self) -> int:
+        """The largest window of readahead."""
+        if self.readahead is not None:
+            return self.readahead
+        return 0 if self.backend.type == "file" else REMOTE_READAHEAD_BYTES
 
     @property
     def serial_text(self) -> str:

@@ -329,6 +329,7 @@ class Daemon:
             ignore_flush=mode.no_flush,
             destage_after_ns=config.destage_after,
             fill_bytes=config.fill_bytes,
+            readahead_bytes=config.readahead_bytes,
             backend_timeout_ns=config.backend_timeout or 0,
             can_abandon=backend.facts.can_abandon,
         )
@@ -399,6 +400,7 @@ class Daemon:
             ignore_flush=mode.no_flush,
             destage_after_ns=config.destage_after,
             fill_bytes=config.fill_bytes,
+            readahead_bytes=config.readahead_bytes,
             backend_timeout_ns=config.backend_timeout or 0,
             can_abandon=backend.facts.can_abandon,
             tier_entries=claim.layout.entries,

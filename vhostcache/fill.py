@@ -52,7 +52,7 @@ class ReadJob:
 class Fill:
     """One read of neighbouring blocks into slots, and who waits for it."""
 
-    __slots__ = ("_fills", "address", "first", "readers", "retries", "slots", "tag")
+    __slots__ = ("_fills", "address", "ahead", "first", "read", "readers", "ready", "retries", "slots", "tag")
 
     def __init__(self, fills: "Fills", first: int, slots: list[int]) -> None:
         self._fills = fills
@@ -60,6 +60,12 @@ class Fill:
         self.slots = slots
         self.address = 0
         """Where in the log it is read from; 0: from the backend."""
+        self.ahead = False
+        """Nobody has asked for it yet (readahead.py): when it has ended well it waits, `ready`, until it is given back.
+        A slot of it that has gone into the map is 0."""
+        self.ready = False
+        self.read: set[int] = set()
+        """Of such a fill, the blocks that have been asked for since."""
         self.tag = NOBODY
         """A read of exactly the fill's one block: the usual miss, answered in one word."""
         self.readers: list[tuple[ReadJob, int, int, int]] = []
@@ -140,6 +146,33 @@ class Fills:
             by_block[block] = fill
         return fill
 
+    def take_ready(self, block: int) -> bool:
+        """If the block has been read ahead: it goes into the map."""
+        fill = self.by_block.get(block)
+        if fill is None or not fill.ready:
+            return False
+        del self.by_block[block]
+        slot = fill.slots[block - fill.first]
+        fill.slots[block - fill.first] = 0
+        fill.read.add(block)
+        self._map.where[block] = slot
+        self._map.block_of[slot] = block
+        self._map.state[slot] = CLEAN
+        self._cache.admit(slot)
+        return True
+
+    def give_back(self, fill: Fill) -> None:
+        """What was read ahead is not wanted any more."""
+        fill.ahead = False
+        if not fill.ready:
+            return  # it ends like any other, or has failed
+        fill.ready = False
+        for block, slot in enumerate(fill.slots, fill.first):
+            if self.by_block.get(block) is fill:
+                del self.by_block[block]
+            if slot:
+                self._map.release(slot)
+
     def poison(self, block: int) -> None:
         """The block has newer content than a fill in flight will bring."""
         if self.by_block.pop(block, None) is not None:
@@ -148,7 +181,11 @@ class Fills:
     def poison_range(self, first: int, end: int) -> None:
         """The same for a range of blocks."""
         by_block = self.by_block
-        for block in [b for b in by_block if first <= b < end]:
+        if end - first < len(by_block):
+            found = [block for block in range(first, end) if block in by_block]
+        else:
+            found = [block for block in by_block if first <= block < end]
+        for block in found:
             self.poison(block)
 
     def ended(self, fill: Fill, result: int) -> None:
@@ -158,7 +195,8 @@ class Fills:
             result = self.log_done(fill.address, fill.first, len(fill.slots), result)
         self.counters["fills"] += 1
         block_map, by_block = self._map, self.by_block
-        for block, slot in enumerate(fill.slots, fill.first):
+        fill.ready = fill.ahead and result == 0
+        for block, slot in enumerate(fill.slots, fill.first) if not fill.ready else ():
             installable = by_block.get(block) is fill
             if installable:
                 del by_block[block]
@@ -172,7 +210,7 @@ class Fills:
                 # Freed before the readers' copies below are listed, but the engine executes the list in order, and
                 # nothing has been listed in between that writes to the slot.
                 block_map.release(slot)
-        if self.filled is not None and result == 0:
+        if self.filled is not None and result == 0 and not fill.ready:
             self.filled(fill)
         if fill.tag != NOBODY:
             if result == 0:

@@ -16,6 +16,7 @@ from vhostcache import operations as op
 from vhostcache.backend_io import BackendIo
 from vhostcache.fill import NOBODY, Fill, Fills, ReadJob
 from vhostcache.map import Map
+from vhostcache.readahead import Readahead
 from vhostcache.readcache import HITS_MAX, ReadCache
 
 STREAM_SECTORS: Final = 2048
@@ -25,6 +26,10 @@ STREAM_REQUEST_SECTORS: Final = 32
 STREAMS_MAX: Final = 16
 ENODATA: Final = 61
 ETIMEDOUT: Final = 110
+AHEAD_SHARE: Final = 8
+"""One part in eight of RAM may hold what has been read ahead."""
+AHEAD_GROUPS: Final = 16
+"""Nothing is read ahead when fewer groups of I/O are left for those who wait."""
 DEFINITE: Final = frozenset((-14, -22, -ENODATA, -74, -95))
 """A read that fails so does not succeed later: bad address, invalid, no data (the image has shrunk), a wrong checksum,
 not supported."""
@@ -64,6 +69,8 @@ class VolumeSettings:
     """A read that only the backend can answer fails after this; 0: it waits as long as it takes."""
     can_abandon: bool = False
     """The backend's: a read into guest memory may be dropped while it is under way."""
+    readahead_bytes: int = 0
+    """The most that is fetched ahead of a sequential stream; 0: nothing."""
     threshold_percent: int = 60
     """More dirty blocks than this part of RAM are destaged without waiting for their age."""
 
@@ -107,6 +114,16 @@ class GuestRequests:
         self._guest_write_cache = not settings.acknowledge_durable
         self._write_cache_known = True
         self._write_through = settings.acknowledge_durable and not settings.ignore_flush
+        self._ahead: Readahead | None = None
+        if settings.readahead_bytes:
+            usable = settings.slots - op.FIRST_SLOT
+            self._ahead = Readahead(
+                self._fills,
+                settings.readahead_bytes // op.BLOCK_BYTES,
+                usable // AHEAD_SHARE,
+                lambda: (self._size_sectors + op.BLOCK_SECTORS - 1) // op.BLOCK_SECTORS,
+                self._fetch_ahead,
+            )
         self.notices: list[tuple[str, dict[str, object]]] = []
         self._draining = False
         self._quiescing = False
@@ -168,6 +185,8 @@ class GuestRequests:
     def connected(self) -> None:
         """A front-end has come."""
         self._streams.clear()
+        if self._ahead is not None:
+            self._ahead.drop_all()
 
     def disconnected(self) -> None:
         """It has gone; the engine has seen every request of it answered or dropped."""
@@ -259,7 +278,12 @@ class GuestRequests:
 
     def _room_for(self, blocks: int) -> bool:
         missing = blocks - len(self._map.free)
-        return missing <= 0 or self._cache.evict(missing) >= missing
+        if missing <= 0 or self._cache.evict(missing) >= missing:
+            return True
+        if self._ahead is None or not self._ahead.held:
+            return False
+        self._ahead.drop_all()
+        return len(self._map.free) >= blocks
 
     def _is_partial(self, sector: int, sectors: int) -> bool:
         """Whether a piece is a part of a block; the volume's last block ends where the volume ends."""
@@ -290,6 +314,21 @@ class GuestRequests:
             (start - first * op.BLOCK_SECTORS) * op.SECTOR_BYTES,
         )
 
+    def _fetch_ahead(self, first: int, count: int) -> Fill | None:
+        """Begin to read what only the backend has of these blocks, at their beginning; None: nothing, or no room."""
+        end = first + count
+        while first < end and not self._is_absent(first):
+            first += 1
+        stop = first
+        while stop < end and self._is_absent(stop):
+            stop += 1
+        if first == stop or self._reads_failing or self._io.spare() < AHEAD_GROUPS:
+            return None
+        missing = stop - first - len(self._map.free)
+        if missing > 0 and self._cache.evict(missing) < missing:
+            return None
+        return self._fills.begin(first, self._map.take(stop - first))
+
     def _is_absent(self, block: int) -> bool:
         """Whether only the backend has it, and nobody reads it yet."""
         return block not in self._map.where and block not in self._fills.by_block
@@ -319,6 +358,13 @@ class GuestRequests:
 
     def _join(self, job: ReadJob, fill: Fill, sector: int, sectors: int, first: int, end: int) -> None:
         payload, size, skip = self._part_bytes(sector, sectors, first, end)
+        if fill.ahead:
+            fill.read.update(range(first, end))
+            if fill.ready:
+                slots = fill.slots[first - fill.first : end - fill.first]
+                self._operations += (op.OUT | job.tag << 8 | len(slots) << 32, payload | size << 32, skip)
+                self._operations += slots
+                return
         job.parts += 1
         fill.readers.append((job, payload, (first - fill.first) * op.BLOCK_BYTES + skip, size))
 

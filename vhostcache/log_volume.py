@@ -285,6 +285,8 @@ class LogVolume(GuestRequests):
             deadline_ns = min(deadline_ns, pacer.deadline_ns())
         if self._retries or self._deadlines:
             deadline_ns = min(deadline_ns, self._retry_reads(now_ns))
+        if self._ahead is not None and self._ahead.held:
+            deadline_ns = min(deadline_ns, self._ahead.expire(now_ns))
         if self._draining or self._closing:
             self._advance_end()
         if self._index.lost:
@@ -461,6 +463,7 @@ class LogVolume(GuestRequests):
             "waiting_for_backend": len(self._retries),
             "read_retries": self.read_retries,
             "read_timeouts": self.read_timeouts,
+            **(self._ahead.counters if self._ahead is not None else {}),
             "volatile_blocks": writer.volatile_blocks,
             "log_blocks": writer.ring_blocks,
             "log_used_blocks": writer.head - superblock.tail_address,
@@ -485,6 +488,8 @@ class LogVolume(GuestRequests):
             self._flush(tag)
         elif kind == op.REQUEST_READ:
             self._read(tag, sector, sectors, payload)
+            if self._ahead is not None:
+                self._ahead.read(sector >> 3, (sector + sectors + 7) >> 3, self.now_ns)
         elif self._room or not self._may_pass(request):
             self._room.append(request)
         elif not self._change(what, tag, sector, sectors, payload):
@@ -561,7 +566,7 @@ class LogVolume(GuestRequests):
         """Blocks of which only a part is changed need their newest content in RAM, or to be zero. None: they have it.
         Else the request is parked (True) or waits for room (False)."""
         for block in blocks:
-            if block in self._map.where:
+            if block in self._map.where or self._fills.take_ready(block):
                 if self._favourite == request[1]:
                     self._keep(block)
                 continue

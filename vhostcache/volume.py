@@ -58,7 +58,7 @@ class Volume(GuestRequests):
         )
         self._ranges = Ranges(self._map, self._fills, self._destager, self._io, settings.size_bytes, self._range_done)
         self._piece_blocks = max(1, usable // 4)
-        self._simple_misses = self._fill_blocks == 1 and not self._timeout_ns
+        self._simple_misses = self._fill_blocks == 1 and not self._timeout_ns and self._ahead is None
         self._direct_blocks = usable * settings.threshold_percent // 133
         self.notices = self._destager.notices
 
@@ -121,6 +121,7 @@ class Volume(GuestRequests):
             or destager.lost_zeroes
             or self._retries
             or self._deadlines
+            or (self._ahead is not None and self._ahead.held)
         ):
             return self._tick_slowly(now_ns)
         deadline = destager.schedule(now_ns)
@@ -142,6 +143,8 @@ class Volume(GuestRequests):
         deadline = destager.schedule(now_ns)
         if self._retries or self._deadlines:
             deadline = min(deadline, self._retry_reads(now_ns))
+        if self._ahead is not None:
+            deadline = min(deadline, self._ahead.expire(now_ns))
         self._complete_committed()
         if destager.lost_zeroes and now_ns >= destager.retry_at_ns:
             self._ranges.repeat_lost()
@@ -208,6 +211,7 @@ class Volume(GuestRequests):
             "waiting_for_backend": len(self._retries),
             "read_retries": self.read_retries,
             "read_timeouts": self.read_timeouts,
+            **(self._ahead.counters if self._ahead is not None else {}),
             **self._fills.counters,
             "backend_held": destager.held,
             **destager.counters,
@@ -231,6 +235,8 @@ class Volume(GuestRequests):
             self._parked.append(request)
         elif kind == op.REQUEST_READ:
             self._read(tag, sector, sectors, payload)
+            if self._ahead is not None:
+                self._ahead.read(sector >> 3, (sector + sectors + 7) >> 3, self.now_ns)
         elif self._room:
             self._room.append(request)
         elif not self._change(what, tag, sector, sectors, payload):
@@ -337,7 +343,7 @@ class Volume(GuestRequests):
         _, tag, sector, _, payload = request
         first, end = sector >> 3, (sector + sectors + 7) >> 3
         partial = self._is_partial(sector, sectors)
-        if partial and first not in self._map.where:
+        if partial and first not in self._map.where and not self._fills.take_ready(first):
             return self._park_on_fill(first, request)
         needed = self._pin(first, end)
         if needed and not self._room_for(needed):
@@ -432,7 +438,7 @@ class Volume(GuestRequests):
     def _zero_part(self, request: Parked, sector: int, sectors: int) -> bool | None:
         """Zero a part of a block in RAM; the result is as `_write_piece`'s."""
         block = sector // op.BLOCK_SECTORS
-        if block not in self._map.where:
+        if block not in self._map.where and not self._fills.take_ready(block):
             return self._park_on_fill(block, request)
         needed = self._pin(block, block + 1)
         if needed and not self._room_for(needed):
@@ -511,6 +517,12 @@ class Volume(GuestRequests):
         job.direct = True
         self._direct[read] = None
         self._io.read_direct(self._io.begin(read), job.tag, payload, first * op.BLOCK_BYTES + skip, size)
+
+    def _is_absent(self, block: int) -> bool:
+        # What is being changed past RAM is neither as it was nor as it will be.
+        if self._ranges.active and self._ranges.overlaps(block, block + 1):
+            return False
+        return super()._is_absent(block)
 
     def _filled(self, request: Parked) -> None:
         if self._ranges.active and self._overlaps_range(request):

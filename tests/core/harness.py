@@ -88,6 +88,7 @@ class Harness:
         fill_blocks: int = 1,
         direct_blocks: int = 32,
         timeout_ns: int = 0,
+        readahead_blocks: int = 0,
     ) -> None:
         self.size_sectors = size_sectors
         self.operations: list[int] = []
@@ -102,6 +103,7 @@ class Harness:
                 destage_after_ns=1000,
                 direct_bytes=direct_blocks * BLOCK,
                 backend_timeout_ns=timeout_ns,
+                readahead_bytes=readahead_blocks * BLOCK,
             ),
             self.operations,
             groups=groups + 64,

@@ -20,12 +20,18 @@ def random_run(seed: int, faults: bool, steps: int = 400) -> Harness:
         acknowledge_durable=rng.random() < 0.15,
         fill_blocks=rng.choice((1, 1, 4)),
         direct_blocks=rng.choice((1, 4, 32)),
+        readahead_blocks=rng.choice((0, 0, 8, 32)),
     )
+    stream = 0
     whole = rng.random()
     fault_rate = rng.choice((0.0, 0.05, 0.3)) if faults else 0.0
     for _ in range(steps):
         choice = rng.random()
-        if choice < 0.4 and len(harness.live) < 40:
+        if choice < 0.1 and len(harness.live) < 40:
+            sectors = min(rng.choice((8, 8, 24)), harness.size_sectors - stream)
+            harness.submit(op.REQUEST_READ, stream, sectors)
+            stream = (stream + sectors) % harness.size_sectors
+        elif choice < 0.4 and len(harness.live) < 40:
             submit_random(harness, rng, whole)
         elif choice < 0.45 and len(harness.live) < 40:
             harness.submit(op.REQUEST_FLUSH)

@@ -57,6 +57,7 @@ STATES: Final = (
     "a request with a record of its own",
     "backend has no space",
     "backend outage",
+    "blocks are read ahead",
     "blocks go to the read cache",
     "backend read failed",
     "backend sync failed",
@@ -132,6 +133,9 @@ class Sizes:
     read_blocks: int
     """Of the read cache; 0: there is none."""
     fill_blocks: int
+    readahead_blocks: int
+    streams: float
+    """Share of the reads that go on where one has ended."""
     direct_blocks: int
     openings: int
     steps: int
@@ -272,6 +276,8 @@ def choose_independent_sizes(rng: random.Random) -> Sizes:
         ring_blocks=pick(40, 200) if random_number() < 0.5 else pick(40, 80),
         read_blocks=pick(20, 60) if random_number() < 0.6 else 0,
         fill_blocks=(1, 1, 4)[pick(0, 2)],
+        readahead_blocks=(0, 4, 16)[pick(0, 2)],
+        streams=random_number(),
         direct_blocks=(2, 8, 32)[pick(0, 2)],
         openings=pick(1, 4),
         steps=pick(10, 90),
@@ -356,6 +362,8 @@ class World:
         self.backend_full_until_ns = 0
         self.cache_outage_until_ns = 0
         self.closed_cleanly = False
+        self.stream = 0
+        """Where a read in sequence goes on."""
 
     # --- from beginning to end ---
 
@@ -523,6 +531,7 @@ class World:
                 ordered=self.ordered(),
                 record_blocks=size.record_blocks,
                 fill_bytes=size.fill_blocks * BLOCK,
+                readahead_bytes=size.readahead_blocks * BLOCK,
                 direct_bytes=size.direct_blocks * BLOCK,
             ),
             operations,
@@ -692,6 +701,8 @@ class World:
                 self.rare()
             self.advance()
             engine.turn(volume, self.now_ns)
+            if volume._ahead is not None and volume._ahead.held:
+                self.states["blocks are read ahead"] += 1
             if volume._room:
                 self.states["changes wait for room"] += 1
             if volume._parked:
@@ -734,6 +745,12 @@ class World:
             kind = op.REQUEST_READ
         blocks = size.hot_blocks if random_number() < 0.8 else self.guest.blocks
         sectors = self.guest.size_sectors
+        if kind == op.REQUEST_READ and random_number() < size.streams:
+            sector = self.stream if self.stream < sectors else 0
+            count = min(8, sectors - sector)
+            self.stream = sector + count
+            self.engine.submit(self.guest.make(kind, sector, count))
+            return
         if random_number() < size.whole:
             block = min(int(random_number() * blocks), sectors // 8 - 1)
             count = min((1, 1, 1, 1, 2, 3, 5, 9)[int(random_number() * 8)], sectors // 8 - block)

@@ -128,6 +128,7 @@ REFUSED = [
     ("ram: 64MiB", "ram: 1.5", "volumes[0].ram: found '1.5'", "from 8MiB"),
     ("ram: 64MiB", "ram: 8388609", "volumes[0].ram: found '8388609'", "in steps of 4KiB"),
     ("mode: writeback", "fill_size: 12KiB", "volumes[0].fill_size: found '12KiB'", "power of two from 4KiB to 1MiB"),
+    ("mode: writeback", "readahead: 65MiB", "volumes[0].readahead: found '65MiB'", "up to 64MiB"),
     ("mode: writeback", "backend_timeout: 0", "volumes[0].backend_timeout: found '0'", "from 1ms to 24h"),
     ("object_size: 1M", "object_size: 32MiB", "volumes[0].ram: ram 64MiB is too small", "at least 128MiB"),
     ("object_size: 1M", "object_size: 3MiB", "volumes[0].object_size: found '3MiB'", "power of two"),

@@ -1,0 +1,126 @@
+"""Readahead: what a sequential stream will ask for next, fetched from the backend before it does.
+
+Owns the streams that are being watched and the fills that were begun for them. A stream is reads that follow one
+another; from the third on its window is fetched, which doubles as long as the stream goes on, up to a limit. What has
+been fetched waits in its slots, outside the map and so outside the eviction queues: it answers the stream's reads, and
+is thrown away when the stream has passed it, has stopped, or somebody needs the slots. Fills.by_block names it
+meanwhile, so a write poisons it like any fill. It never decides what else is read.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Final
+
+from vhostcache import operations as op
+from vhostcache.fill import Fill, Fills
+
+STREAMS_MAX: Final = 16
+BEGINS_AT: Final = 3
+"""Reads in a row that make a stream."""
+FIRST_BLOCKS: Final = 32
+"""The window at first, 128 KiB, if the reads are not larger."""
+PIECE_BLOCKS: Final = 64
+"""Of one fill: what comes first is to be there first."""
+IDLE_NS: Final = 2_000_000_000
+"""A stream that has stopped gives its slots back after this."""
+
+
+class Stream:
+    """`next`: the block that its next read begins with."""
+
+    __slots__ = ("fills", "frontier", "reads", "used_ns", "window")
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self.window = 0
+        self.frontier = 0
+        """Fetched, or being fetched, up to here."""
+        self.fills: deque[Fill] = deque()
+        self.used_ns = 0
+
+
+class Readahead:
+    """`fetch(first, count)` begins a fill of blocks that only the backend has, or does not: None."""
+
+    def __init__(
+        self,
+        fills: Fills,
+        window_max: int,
+        held_max: int,
+        end: Callable[[], int],
+        fetch: Callable[[int, int], Fill | None],
+    ) -> None:
+        self._fills = fills
+        self._window_max = window_max
+        self._held_max = held_max
+        self._end = end
+        self._fetch = fetch
+        self._streams: OrderedDict[int, Stream] = OrderedDict()
+        """By their next block; the one that was used last comes last."""
+        self.held = 0
+        """Blocks fetched or being fetched, and not given back."""
+        self.counters = {"readahead_blocks": 0, "readahead_wasted_blocks": 0}
+
+    def read(self, first: int, end: int, now_ns: int) -> None:
+        """Blocks `first` .. `end - 1` are asked for now."""
+        stream = self._streams.pop(first, None)
+        if stream is None:
+            stream = Stream()
+            if len(self._streams) >= STREAMS_MAX:
+                self._drop(self._streams.popitem(last=False)[1])
+        other = self._streams.pop(end, None)
+        if other is not None:
+            self._drop(other)
+        self._streams[end] = stream
+        stream.reads += 1
+        stream.used_ns = now_ns
+        while stream.fills and stream.fills[0].first + len(stream.fills[0].slots) <= first:
+            self._give_back(stream.fills.popleft())
+        if stream.reads >= BEGINS_AT:
+            self._advance(stream, end, end - first)
+
+    def _advance(self, stream: Stream, position: int, request_blocks: int) -> None:
+        frontier = max(stream.frontier, position)
+        if frontier - position > stream.window // 2:
+            return
+        stream.window = min(max(2 * stream.window, 4 * request_blocks, FIRST_BLOCKS), self._window_max)
+        target = min(position + stream.window, self._end())
+        while frontier < target:
+            count = min(PIECE_BLOCKS, target - frontier, self._held_max - self.held)
+            if count <= 0:
+                break
+            fill = self._fetch(frontier, count)
+            if fill is not None:
+                fill.ahead = True
+                stream.fills.append(fill)
+                self.held += len(fill.slots)
+                self.counters["readahead_blocks"] += len(fill.slots)
+                frontier = fill.first + len(fill.slots)
+            else:
+                frontier += count
+        stream.frontier = frontier
+
+    def expire(self, now_ns: int) -> int:
+        """Give up streams that have stopped; returns when to look again, in ns."""
+        streams = self._streams
+        while self.held and streams:
+            position, stream = next(iter(streams.items()))
+            if now_ns < stream.used_ns + IDLE_NS:
+                return stream.used_ns + IDLE_NS
+            del streams[position]
+            self._drop(stream)
+        return op.NEVER
+
+    def drop_all(self) -> None:
+        """Give back everything, and watch for new streams."""
+        while self._streams:
+            self._drop(self._streams.popitem()[1])
+
+    def _drop(self, stream: Stream) -> None:
+        while stream.fills:
+            self._give_back(stream.fills.popleft())
+
+    def _give_back(self, fill: Fill) -> None:
+        self.held -= len(fill.slots)
+        self.counters["readahead_wasted_blocks"] += len(fill.slots) - len(fill.read)
+        self._fills.give_back(fill)

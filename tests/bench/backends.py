@@ -6,8 +6,10 @@ block by block by a load generator that reads it from a qemu-storage-daemon.
 """
 
 import re
+import shutil
 import statistics
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +104,14 @@ class BackendBench:
             raise BenchError(f"{found['dirty_blocks']} blocks were not drained to the backend")
         return found
 
+    @contextmanager
+    def file_elsewhere(self) -> Iterator[Path]:
+        """A copy of the image, full of data, that is on none of this machine's disks."""
+        with tempfile.TemporaryDirectory(prefix="vhostcache-bench-", dir="/dev/shm") as folder:
+            path = Path(folder) / "disk.img"
+            shutil.copyfile(self.image, path)
+            yield path
+
     # -- random writes with flushes --
 
     def flushed_writes(self) -> list[Fact]:
@@ -176,12 +186,13 @@ class BackendBench:
             after = running.statistics()["backend_bytes"]["write"]
         (job,) = report["jobs"]
         ours = job["write"]["bw_bytes"] / MIB
+        written = (after - before) / MIB / job["job_runtime"] * 1000
         name = f"log of {in_words(log_bytes)} full, backend of {rate} MiB/s"
         return [
             Fact(f"{name}: 4 MiB writes to the backend alone", bare, "MiB/s"),
             Fact(f"{name}: 4 KiB random writes over {in_words(size)}", ours, "MiB/s"),
             Fact(f"{name}: that / 4 MiB writes to the backend alone", ours / bare, "x", least=0.9),
-            Fact(f"{name}: written to the backend", (after - before) / MIB / job["job_runtime"] * 1000, "MiB/s"),
+            Fact(f"{name}: written to the backend meanwhile", written, "MiB/s"),
             Fact(f"{name}: longest request", job["write"]["clat_ns"]["max"] / 1e9, "s", most=1),
         ]
 
@@ -200,26 +211,26 @@ class BackendBench:
 
     def sequential(self) -> list[Fact]:
         facts = []
-        for rw in ("write", "read"):
-            load = ["--rw", rw, "--bs", "1m", "--iodepth", "8", "--runtime", str(self.backend.reads_s)]
-            storage = Storage(file=self.image, delay_ms=DELAY_MS)
-            facts += self._beside_the_peer(f"1 MiB {rw}s, QD8", storage, load, "bw_bytes", 0.95)
+        with self.file_elsewhere() as path:
+            for rw in ("write", "read"):
+                load = ["--rw", rw, "--bs", "1m", "--iodepth", "8", "--runtime", str(self.backend.reads_s)]
+                facts += self._beside_the_peer(f"1 MiB {rw}s, QD8", path, load, "bw_bytes", 0.95)
         return facts
 
     def random_reads(self) -> list[Fact]:
         runtime = ["--runtime", str(self.backend.reads_s)]
         load = ["--rw", "randread", "--bs", "4k", "--iodepth", "32"]
-        storage = Storage(file=self.image, delay_ms=DELAY_MS)
-        facts = self._beside_the_peer("4 KiB random reads that miss, QD32", storage, [*load, *runtime], "iops", 0.9)
         size = ["--size", str(min(self.backend.disk_bytes, self.scale.image_bytes))]
         fill = ["--rw", "write", "--bs", "1m", "--iodepth", "8", *size]
-        name = "4 KiB random reads of what is in the log, QD32"
-        return facts + self._beside_the_peer(name, storage, [*load, *size, *runtime], "iops", 5, [fill])
+        with self.file_elsewhere() as path:
+            missed = self._beside_the_peer("4 KiB random reads that miss, QD32", path, [*load, *runtime], "iops", 0.9)
+            name = "4 KiB random reads of what is in the log, QD32"
+            return missed + self._beside_the_peer(name, path, [*load, *size, *runtime], "iops", 5, [fill])
 
     def _beside_the_peer(
         self,
         what: str,
-        storage: Storage,
+        file: Path,
         load: list[str],
         figure: str,
         least: float,
@@ -229,6 +240,7 @@ class BackendBench:
         unit, factor = ("MiB/s", MIB) if figure == "bw_bytes" else ("IOPS", 1)
         direction = "write" if "write" in load else "read"
         found: dict[str, list[float]] = {OURS: [], PEER: []}
+        storage = Storage(file=file, delay_ms=DELAY_MS)
         for _ in range(self.scale.runs):
             for name, figures in found.items():
                 with self.nbdkit(storage) as nbd:
@@ -351,9 +363,11 @@ class BackendBench:
         """Also an outage's test: a request that failed would end the load generator with an error."""
         size, rate = self.backend.disk_bytes, self.backend.full_mib_per_s
         log_bytes = max(64 * MIB, size)
-        # Memory would be gone with the server.
-        storage = Storage(file=self.image, delay_ms=DELAY_MS, mib_per_s=rate)
-        with self.nbdkit(storage) as nbd:
+        # nbdkit's memory would be gone with it.
+        with (
+            self.file_elsewhere() as path,
+            self.nbdkit(Storage(file=path, delay_ms=DELAY_MS, mib_per_s=rate)) as nbd,
+        ):
             with self.start(nbd, "--drain-on-exit", log_bytes=log_bytes) as running:
                 found = self.timeline = Recorder(running, nbd, size, self.backend.phase_s).run()
             self.last_statistics(running)

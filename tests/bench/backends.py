@@ -220,12 +220,29 @@ class BackendBench:
     def random_reads(self) -> list[Fact]:
         runtime = ["--runtime", str(self.backend.reads_s)]
         load = ["--rw", "randread", "--bs", "4k", "--iodepth", "32"]
-        size = ["--size", str(min(self.backend.disk_bytes, self.scale.image_bytes))]
-        fill = ["--rw", "write", "--bs", "1m", "--iodepth", "8", *size]
+        region = min(self.backend.disk_bytes, self.scale.image_bytes)
+        size = ["--size", str(region)]
+        hits = [*load, *size, *runtime]
+        write = ["--rw", "write", "--bs", "1m", "--iodepth", "8", *size]
+        # All but a fiftieth is read. In order it would pass by the read cache.
+        read = [
+            "--rw",
+            "randread",
+            "--bs",
+            "64k",
+            "--iodepth",
+            "32",
+            "--number_ios",
+            str(4 * region // (64 * KIB)),
+            *size,
+        ]
         with self.file_elsewhere() as path:
-            missed = self._beside_the_peer("4 KiB random reads that miss, QD32", path, [*load, *runtime], "iops", 0.9)
+            facts = self._beside_the_peer("4 KiB random reads that miss, QD32", path, [*load, *runtime], "iops", 0.9)
             name = "4 KiB random reads of what is in the log, QD32"
-            return missed + self._beside_the_peer(name, path, [*load, *size, *runtime], "iops", 5, [fill])
+            facts += self._beside_the_peer(name, path, hits, "iops", 5, before=write)
+            name = "4 KiB random reads of what is in the read cache, QD32"
+            kept = 2 * region
+            return facts + self._beside_the_peer(name, path, hits, "iops", 5, before=read, read_cache_bytes=kept)
 
     def _beside_the_peer(
         self,
@@ -234,22 +251,24 @@ class BackendBench:
         load: list[str],
         figure: str,
         least: float,
-        before: Sequence[list[str]] = (),
+        *,
+        before: Sequence[str] = (),
+        read_cache_bytes: int = 0,
     ) -> list[Fact]:
-        """Ours with an empty log and the peer, by turns."""
+        """Ours with an empty log, after another load if there is one, and the peer, by turns."""
         unit, factor = ("MiB/s", MIB) if figure == "bw_bytes" else ("IOPS", 1)
         direction = "write" if "write" in load else "read"
-        found: dict[str, list[float]] = {OURS: [], PEER: []}
         storage = Storage(file=file, delay_ms=DELAY_MS)
+        found: dict[str, list[float]] = {OURS: [], PEER: []}
         for _ in range(self.scale.runs):
-            for name, figures in found.items():
-                with self.nbdkit(storage) as nbd:
-                    log_bytes = self.backend.log_bytes
-                    with self.start(nbd, log_bytes=log_bytes) if name == OURS else self.start_peer(nbd) as running:
-                        for warm in before:
-                            bench(running.socket, *warm)
-                        report = bench(running.socket, *load)
-                figures.append(report["jobs"][0][direction][figure] / factor)
+            with self.nbdkit(storage) as nbd:
+                options = ("--read-cache", str(read_cache_bytes)) if read_cache_bytes else ()
+                with self.start(nbd, *options, log_bytes=self.backend.log_bytes) as running:
+                    if before:
+                        bench(running.socket, *before)
+                    found[OURS].append(bench(running.socket, *load)["jobs"][0][direction][figure] / factor)
+            with self.nbdkit(storage) as nbd, self.start_peer(nbd) as running:
+                found[PEER].append(bench(running.socket, *load)["jobs"][0][direction][figure] / factor)
         ours, peer = statistics.median(found[OURS]), statistics.median(found[PEER])
         name = f"{DELAY_MS} ms away, {what}"
         return [

@@ -49,7 +49,8 @@ struct command {
     bool uncompressed; /* to the second export */
     int error;         /* a positive errno */
     uint64_t offset;
-    uint32_t bytes, position; /* position: in the I/O */
+    uint32_t bytes;
+    uint64_t position; /* in the I/O */
     void *memory;
     uint64_t doubts, covers; /* of a flush */
 };
@@ -132,7 +133,7 @@ static struct command *command_new(struct nbd *nbd, struct io *io, uint8_t kind,
     command->io = io;
     command->kind = kind;
     command->offset = io->offset + position;
-    command->position = (uint32_t)position;
+    command->position = position;
     command->bytes = (uint32_t)bytes;
     command->doubts = nbd->doubts;
     ++*word_of(nbd, io);
@@ -150,6 +151,7 @@ static void write_zeroes(struct nbd *nbd, struct io *io, uint64_t position, uint
         command->memory = nbd->backend->engine->zeroes;
         enqueue(nbd, command, false);
     }
+    backend_wants_push(nbd->backend);
 }
 
 static void nbd_submit(struct backend *backend, struct io *io)
@@ -418,16 +420,23 @@ static void send_uncompressed(struct nbd *nbd, struct command *command)
     backend_wants_push(nbd->backend);
 }
 
+/* A server may be unable to zero at all, or here: QEMU 7.2 fails to zero a part of a cluster behind its compress filter. */
+static bool zero_by_writing(const struct command *command)
+{
+    return command->kind == IO_ZERO && (command->error == ENOTSUP || command->error == EIO || command->error == EINVAL);
+}
+
 static void answered(struct nbd *nbd, struct command *command)
 {
     if (doubtful(nbd, command)) {
         command_finish(nbd, command, ECONNRESET);
-    } else if (command->error == ENOTSUP && command->kind == IO_ZERO) {
-        nbd->can_zero = false;
-        write_zeroes(nbd, command->io, command->position, command->bytes);
-        command_finish(nbd, command, 0);
     } else if (command->error == EIO && nbd->uncompressed && !command->uncompressed && command->kind != IO_READ && command->kind != IO_FLUSH) {
         send_uncompressed(nbd, command);
+    } else if (zero_by_writing(command)) {
+        if (command->error == ENOTSUP)
+            nbd->can_zero = false;
+        write_zeroes(nbd, command->io, command->position, command->bytes);
+        command_finish(nbd, command, 0);
     } else {
         if (command->error)
             nbd->stats.errors++;
@@ -553,8 +562,12 @@ static bool link_up(struct nbd *nbd, struct link *link, struct nbd_handle *handl
     if (link->index == UNCOMPRESSED)
         return true;
     nbd->up++;
-    if (!facts->can_multi_conn)
-        nbd->wanted = 1;
+    if (!facts->can_multi_conn) {
+        nbd->wanted = 1; /* a flush on it covers nothing of the others' */
+        for (uint32_t i = 1; i < MAX_LINKS; i++)
+            nbd->links[i].broken = true;
+        backend_wants_push(nbd->backend);
+    }
     if (!facts->can_zero)
         nbd->can_zero = false;
     return true;

@@ -124,6 +124,7 @@ class Served:
     write_cache: bool = True
     flush_negotiated: bool = True
     write_cache_unknown: bool = False
+    came_over: bool = False  # by migration, perhaps with its guest, which may connect once more
     told: bool | None = None
     closing: bool = False
     log_progress: tuple[int, ...] | None = None  # at the end: how far the log had come ...
@@ -752,7 +753,7 @@ class Daemon:
         served.connected = False
         served.hand_over.disconnected()
         served.volume.disconnected()
-        if served.write_cache_unknown and served.claim is None:
+        if served.write_cache_unknown and served.claim is None and not served.came_over:
             # The next front-end brings its own history.
             served.write_cache_unknown = False
             served.told = None
@@ -953,6 +954,7 @@ class Daemon:
         backend.watch(partial(self._watch_backend, index))
         served.write_cache = served.write_cache and new.write_cache
         served.write_cache_unknown, served.told = new.write_cache_unknown, None
+        served.came_over = True
         self._engine.set_write_cache(index, served.write_cache)
         self._use(index)
         self._has_exchanged = True
@@ -1138,12 +1140,16 @@ class _Storage:
     def drain(self, on: bool) -> None:
         volume = self._served.volume
         assert not isinstance(volume, Away)
-        volume.drain(on)
+        volume.drain(on, then_cold=on)
         self._daemon._deadlines[self._index] = 0
 
     def drained(self) -> bool:
         served = self._served
-        return served.volume.drained and served.growth is None and not served.growing
+        # What is lost in the log would seem to be there, and old, on the other side.
+        return served.volume.drained and served.growth is None and not served.growing and not self.lost_bytes()
+
+    def lost_bytes(self) -> int:
+        return self._served.volume.statistics().get("lost_blocks", 0) * 4096
 
     def close(self) -> None:
         self._daemon._engine.hold_volume(self._index, True)

@@ -86,6 +86,10 @@ class Storage(Protocol):
 
     def dirty_bytes(self) -> int:
         """What the image does not have yet."""
+        ...
+
+    def lost_bytes(self) -> int:
+        """What it will not have, before the guest overwrites it: reads of that fail here."""
 
 
 class HandOver:
@@ -231,6 +235,7 @@ class HandOver:
                 "error",
                 "hand-over-late",
                 dirty_bytes=self._storage.dirty_bytes(),
+                lost_bytes=self._storage.lost_bytes(),
                 seconds=self._seconds(now_ns),
                 hint="the image is kept until it has everything; the guest waits there, or can go on here",
             )

@@ -159,6 +159,7 @@ class LogVolume(GuestRequests):
         """The tag of the request that may read into RAM while slots are scarce, and the slots it keeps."""
         self._kept: list[int] = []
         self._closing = False
+        self._ends_cold = False
         self.closed = False
         self._swept = 0
         if settings.ordered:
@@ -318,8 +319,7 @@ class LogVolume(GuestRequests):
             return
         if self._draining:
             destager.draining = True
-            clean = checkpointer.superblock.clean_address
-            if destager.settled and clean < self._index.clean_below(writer.head) and not checkpointer.running:
+            if destager.settled and not self._is_recorded() and not (self._ends_cold or checkpointer.running):
                 checkpointer.request()
         if self._closing and not (
             (self._draining and not destager.settled)
@@ -334,9 +334,15 @@ class LogVolume(GuestRequests):
     def _closed(self) -> None:
         self.closed = True
 
-    def drain(self, on: bool = True) -> None:
-        """Begin to destage everything; `drained` says when that has ended. Off: go on as usual."""
+    def _is_recorded(self) -> bool:
+        """Whether the superblocks say how much of the log is clean."""
+        return self._checkpointer.superblock.clean_address >= self._index.clean_below(self._writer.head)
+
+    def drain(self, on: bool = True, then_cold: bool = False) -> None:
+        """Begin to destage everything; `drained` says when that has ended. Off: go on as usual. `then_cold`: it is
+        closed after that, and one checkpoint says both."""
         self._draining = on
+        self._ends_cold = then_cold
         if not on:
             self._destager.draining = False
 
@@ -350,7 +356,7 @@ class LogVolume(GuestRequests):
         return (
             self._destager.settled
             and self._writer.settled
-            and self._checkpointer.superblock.clean_address >= self._index.clean_below(self._writer.head)
+            and (self._ends_cold or self._is_recorded())
             and not (self._room or self._parked or self._io.in_flight)
         )
 

@@ -169,9 +169,9 @@ class Volume(GuestRequests):
         self._ranges.size_bytes = size_bytes
         when_done()
 
-    def drain(self, on: bool = True) -> None:
+    def drain(self, on: bool = True, then_cold: bool = False) -> None:
         """Begin to destage everything and flush the backend; `drained` says when that has ended. Off: go on as
-        usual."""
+        usual. `then_cold` is for volumes with a log."""
         self._draining = on
 
     def hurry(self, on: bool) -> None:

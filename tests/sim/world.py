@@ -919,7 +919,7 @@ class World:
         self.calm = True
         self.volume.hurry(True)
         self.until(lambda: not self.guest.live and not self.engine.incoming, "answering")
-        self.volume.drain()
+        self.volume.drain(then_cold=True)
         self.engine.deadline_ns = 0
         self.until(lambda: self.volume.drained, "draining")
         self.volume.close(lambda: self.backend.stamp, cold=True)

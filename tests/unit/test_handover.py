@@ -59,6 +59,9 @@ class Storage:
     def dirty_bytes(self) -> int:
         return 4096
 
+    def lost_bytes(self) -> int:
+        return 0
+
 
 @pytest.fixture
 def storage() -> Storage:

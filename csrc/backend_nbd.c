@@ -76,7 +76,7 @@ struct nbd {
     bool uncompressed_needed;
     vhc_backend_facts facts; /* at the start */
     uint32_t max_bytes;
-    bool can_zero, lost, refused, given_up, abandoned;
+    bool can_zero, lost, refused, given_up, abandoned, closing;
     struct link links[LINKS];
     uint32_t wanted, up;
     struct commands waiting[QUEUES]; /* what somebody waits for; the background; what goes to the second export */
@@ -484,7 +484,10 @@ static void drop_link(struct nbd *nbd, struct link *link)
     while ((command = TAILQ_LAST(&link->sent, commands))) {
         TAILQ_REMOVE(&link->sent, command, entry);
         count_out(nbd, command);
-        send_again(nbd, command);
+        if (nbd->closing) /* the I/O is gone already */
+            command_free(command);
+        else
+            send_again(nbd, command);
     }
 }
 
@@ -742,6 +745,7 @@ static void nbd_end(struct backend *backend)
 {
     struct nbd *nbd = backend->state;
     struct command *command;
+    nbd->closing = true;
     disconnect(nbd);
     for (uint32_t i = 0; i < QUEUES; i++) {
         while ((command = TAILQ_FIRST(&nbd->waiting[i]))) {

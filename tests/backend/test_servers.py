@@ -335,6 +335,29 @@ def test_a_server_with_a_wrong_certificate_is_refused_with_one_line(tmp_path: Pa
     assert "\n" not in str(caught.value)
 
 
+def test_a_server_whose_certificate_has_become_wrong_is_not_talked_to(tmp_path: Path, image: Path) -> None:
+    ours, theirs = certify(tmp_path, "ours"), certify(tmp_path, "theirs")
+    used = tmp_path / "used"
+    used.symlink_to(ours)
+    server = nbdkit_tcp(tmp_path, "--tls=require", f"--tls-certificates={used}", "file", image)
+    with server, Device(nbd(tls_uri(server), tls_certificates=str(ours))) as device:
+        device.put(0, noise(BLOCK, "before"))
+        server.kill()
+        used.unlink()
+        used.symlink_to(theirs)
+        server.start()
+        write = device.write(0, noise(BLOCK, "after"))
+        device.until(lambda: "certificate" in device.backend.message)
+        for _ in range(5):
+            device.turn()
+        assert write not in device.results
+        server.kill()
+        used.unlink()
+        used.symlink_to(ours)
+        server.start()
+        assert device.wait(write) == [0]
+
+
 def test_a_certificate_for_another_host_is_refused_with_one_line(tmp_path: Path, image: Path) -> None:
     pki = certify(tmp_path, "ours", "elsewhere.example", "192.0.2.1")
     server = nbdkit_tcp(tmp_path, "--tls=require", f"--tls-certificates={pki}", "file", image)

@@ -315,6 +315,23 @@ def test_an_export_that_has_changed_is_not_used(server: NbdServer, changes: dict
         assert happened(device, CONNECTED)
 
 
+@pytest.mark.parametrize(
+    ("uri", "options", "says"),
+    [
+        ("nbd://localhost", {"tls_psk_file": "/x"}, "nbds"),
+        ("nbd+unix:///?socket=/x", {"tls_certificates": "/x"}, "nbds"),
+        ("nbds+unix:///?socket=/x", {"tls_certificates": "/x"}, "unix socket"),
+        ("nbds+unix:///?socket=/x", {}, "unix socket"),
+        ("nbds://localhost", {"tls_certificates": "/x", "tls_psk_file": "/x"}, "one of them"),
+        ("http://localhost", {}, "URI"),
+        ("", {}, "URI"),
+    ],
+)
+def test_what_libnbd_would_overlook_is_refused(uri: str, options: dict[str, Any], says: str) -> None:
+    with Engine() as engine, pytest.raises(EngineError, match=says):
+        engine.nbd_backend(uri, **options)
+
+
 # -- the end --
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
@@ -588,6 +588,8 @@ def _print_status(answers: list[Any]) -> None:
     from rich.text import Text
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a line a volume
     for answer in answers:
         uptime = _duration(float(answer["uptime_s"]))
         title = f"vhostcache {answer['version']}, process {answer['pid']}, {answer['state']} for {uptime}"
@@ -608,6 +610,19 @@ def _print_status(answers: list[Any]) -> None:
                 f"{volume['flushes_received']:,}",
             )
         console.print(table)
+        for volume in answer["volumes"]:
+            for line in _troubles(volume):
+                console.print(Text(line, style="bold red"), soft_wrap=True)
+
+
+def _troubles(volume: dict[str, Any]) -> Iterator[str]:
+    """What keeps the backend from being written."""
+    backend = volume["backend_status"]
+    if backend.get("state", "connected") != "connected":
+        lasts = _duration(backend["seconds"])
+        yield f"{volume['name']}: backend {backend['state']} for {lasts}: {backend['error']}"
+    if volume["backend_held"]:
+        yield f"{volume['name']}: backend held: {volume['backend_held']} (when it is mended: vhostcache retry)"
 
 
 def _state(volume: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from tests.guest import VHOSTCACHE
+from vhostcache.cli import _troubles
 
 TIMEOUT_S = 60  # a safety net
 MIB = 1 << 20
@@ -347,6 +348,16 @@ def test_status_is_a_table_for_people_and_json_for_programs(tmp_path: Path, imag
         assert answer["pid"] == daemon.pid
         stop(daemon)
         assert "control': " in refused(1, "status", tmp_path / "s.control")
+
+
+def test_status_says_since_when_a_backend_is_away_and_why_it_is_held() -> None:
+    volume = {"name": "root", "backend_status": {"type": "nbd", "state": "connected"}, "backend_held": None}
+    assert list(_troubles(volume)) == []
+    volume["backend_status"] = {"type": "nbd", "state": "lost", "seconds": 12.3, "error": "refused"}
+    volume["backend_held"] = "no space"
+    lost, held = _troubles(volume)
+    assert lost == "root: backend lost for 12 s: refused"
+    assert held.startswith("root: backend held: no space")
 
 
 # serve, and the life of a daemon.

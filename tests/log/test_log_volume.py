@@ -127,11 +127,14 @@ class Bench:
     def write(self, block: int, blocks: int = 1) -> int:
         return self.ask(op.REQUEST_WRITE, block, blocks)
 
-    def flush(self) -> None:
-        """A flush of the guest, and all that it needs."""
+    def flush(self, vouched: bool = True) -> None:
+        """A flush of the guest, and all that it needs. `vouched`: and something says that it was durable, as the next
+        record or checkpoint does."""
         tag = self.ask(op.REQUEST_FLUSH)
         self.settle()
         assert self.answers[tag] == op.STATUS_OK
+        if vouched:
+            self.volume._writer.vouched_address = self.volume._writer.durable_address
 
     def evict(self) -> None:
         """Nothing clean stays in RAM."""
@@ -169,6 +172,27 @@ def test_zeroes_that_are_to_stay_allocated_are_destaged_as_such() -> None:
     bench.settle()
     wanted = [(8, 4, True), (12, 4, False), (16, 2, True), (18, 2, False), (20, 1, True), (21, 5, False)]
     assert sorted(bench.zeroes) == [(4096 * at, 4096 * count, unmap) for at, count, unmap in wanted]
+
+
+def test_what_only_we_know_to_be_durable_is_destaged_when_the_superblocks_or_the_next_record_say_so() -> None:
+    bench = Bench(destage=True, destage_after_ns=SECOND)
+    bench.write(1)
+    bench.flush(vouched=False)
+    bench.now_ns += 2 * SECOND
+    bench.turn()
+    assert [code for code, _ in bench.io] == [op.SUPERBLOCK], "first of all a checkpoint"
+    bench.settle()
+    assert bench.volume.statistics()["blocks_destaged"] == 1
+    assert bench.superblocks == [A_OFFSET_BYTES, B_OFFSET_BYTES]
+    bench.write(2)
+    bench.flush(vouched=False)
+    bench.write(70)
+    bench.flush(vouched=False)
+    bench.now_ns += 2 * SECOND
+    bench.turn()
+    assert op.WRITE in [code for code, _ in bench.io], "the second record speaks for the first"
+    bench.settle()
+    assert bench.volume.statistics()["blocks_destaged"] == 3
 
 
 def test_what_is_overwritten_again_and_again_takes_no_more_memory() -> None:

@@ -19,6 +19,7 @@ from vhostcache.map import DIRTY, FREE, ORPHAN, WRITING
 CANARIES: Final[dict[str, Callable[[], None]]] = {}
 SIZES: Final[dict[str, dict[str, Any]]] = {}
 """For those that take many seeds otherwise: what kind of run finds them soon."""
+SIZES["destage-what-nothing-vouches-for"] = {**FOCUS[0], "flips": 1.0, "openings": 2, "steps": 40, "ordered": False}
 SIZES["destage-what-is-not-durable"] = {**FOCUS[0], "power": 1.0}
 SIZES["no-epoch"] = SIZES["no-open-seq"] = {**FOCUS[1], "recovery_crashes": 0.0, "cache_faults": 0.0, "flips": 0.0}
 SIZES["write-cache-forgotten"] = {**FOCUS[4], "ignore_flush": False}
@@ -86,6 +87,17 @@ def destage_what_is_not_durable() -> None:
             original(self, chosen, block, value, fetch)
 
     _patch(destage.LogDestager, "_choose_source", choose)
+
+
+@canary
+def destage_what_nothing_vouches_for() -> None:
+    """The newest durable record is destaged in part; it rots, and passes for the end of the log."""
+
+    def absorb(original: Any, self: Any) -> None:
+        original(self)
+        self.vouched_address = self.durable_address
+
+    _patch(writer.LogWriter, "_absorb", absorb)
 
 
 @canary

@@ -585,7 +585,8 @@ class World:
                 raise
             # Destaged or not, the newest durable record cannot be told from one that was never whole.
             self.states["rot in the newest durable record passes for the end of the log"] += 1
-            guest.check_known(disk)
+            # But nothing of it, nor of what came after it, had been destaged.
+            guest.check(disk, 0)
             return False
         self.note(f"found {count} of {len(guest.accepted)} accepted changes, {floor} promised")
         if count < len(guest.accepted):

@@ -158,6 +158,7 @@ class Checkpointer:
             self._running = None
             self.count += 1
             self._writer.free_below = self.superblock.tail_address + self._writer.ring_blocks
+            self._writer.vouched_address = max(self._writer.vouched_address, self.superblock.durable_address)
             self._writer.space_wanted = 0
             for done in self._when_done:
                 done()

@@ -1,8 +1,9 @@
 """Destaging from the log: an object's dirty blocks to the backend, backend flushes, and what is clean after them.
 
 Owns the staging slots, the objects being written and those written but not flushed. Invariants:
-- only what is durable in the log is destaged: an older version than the newest stays behind, and then the object counts
-  as clean only when the newer one is durable;
+- only what is durable in the log, and known to be so by whoever reads it after a crash, is destaged: if it rots, its
+  end is not taken for the log's, with a part of it on the backend already;
+- when an older version than the newest stays behind, the object counts as clean only when the newer one is durable;
 - one destage an object at a time, so that an older write can never land on a newer one;
 - an object is clean below the log address at which its destage began only after a backend flush that was issued when
   all its writes had ended;
@@ -237,6 +238,10 @@ class LogDestager:
         if ordered is not None:
             index.ordered_below = ordered.done
         self._checkpointing = False
+        self._unvouched = False
+        """Something waits for that."""
+        self._vouching = False
+        """A checkpoint has been asked for."""
         """Both superblocks have to know the last step before the next one begins."""
         self.checkpoint: Callable[[Callable[[], None]], None] = _no_checkpoint
         self._staging = block_map.take(settings.staging_blocks)
@@ -393,6 +398,7 @@ class LogDestager:
 
     def _start_due(self) -> int:
         settings, now_ns = self.settings, self.now_ns
+        self._unvouched = False
         self._chooser.look(now_ns, self._writer.durable_address, settings.destage_after_ns)
         most = 1 if self.trouble.probing else self._modulator.objects(self._depth.limit)
         waiting = len(self.in_flight) + len(self._held) + len(self._written) + len(self._flushed)
@@ -405,6 +411,7 @@ class LogDestager:
             )
             number = self._chooser.pressed(settings.destage_after_ns, settings.whole_objects, waiting, room)
             if number == NOBODY:
+                self._ask_for_vouching()
                 return op.NEVER if self.in_flight else now_ns + RETRY_FIRST_NS
             # One a turn: to find its blocks and read them takes a millisecond or two.
             return now_ns if self._start(number) else op.NEVER
@@ -414,8 +421,19 @@ class LogDestager:
             return op.NEVER
         number, again_ns = self._chooser.aged(settings.destage_after_ns, settings.whole_objects, waiting)
         if number == NOBODY:
+            self._ask_for_vouching()
             return again_ns
         return now_ns if self._start(number) else op.NEVER
+
+    def _ask_for_vouching(self) -> None:
+        """There is nothing to destage but what only we know to be durable: the superblocks are to say so. While the
+        guest writes on, its next records do."""
+        if self._unvouched and not self._vouching and self._writer.vouched_address < self._writer.durable_address:
+            self._vouching = True
+            self.checkpoint(self._vouched)
+
+    def _vouched(self) -> None:
+        self._vouching = False
 
     def _is_pressed(self) -> bool:
         return self.draining or bool(self._writer.space_wanted) or self._is_crowded()
@@ -436,8 +454,12 @@ class LogDestager:
             due_ns = queue.since_ns + self.settings.destage_after_ns
             if not pressed and now_ns < due_ns:
                 return due_ns
+            self._unvouched = queue.first_end > self._writer.vouched_address
+            if self._unvouched:
+                self._ask_for_vouching()
+                return op.NEVER
             queue.begin()
-        if not queue.gather():
+        if not queue.gather(self._writer.vouched_address):
             return now_ns
         if not queue.pending:
             if not self.busy:
@@ -482,6 +504,9 @@ class LogDestager:
         """Whether the object can't be destaged now: it is on its way, or something of it has just failed."""
         if number in self.in_flight or self._held.get(number, 0) > self.now_ns:
             return True
+        if self.ordered is None and self._index.dirty.get(number, 0) >= self._writer.vouched_address:
+            self._unvouched = True
+            return True
         if self.trouble and self.trouble.waits(number, self.now_ns):
             return True
         ending = self._written + self._flushed + (self._flushing.destages if self._flushing else [])
@@ -492,11 +517,15 @@ class LogDestager:
         if self._io.available() <= 64 or self._writer.blocked:
             return False
         fetch: list[tuple[int, int]] = []
+        left = 0
+        """From here on it stays dirty."""
         if self.ordered is None:
-            durable = self._writer.durable_address
-            values, others = self._index.dirty_blocks(number, durable)
-            destage = LogDestage(self, number, durable)
-            if others:
+            vouched = self._writer.vouched_address
+            values, unvouched, volatile = self._index.dirty_blocks(number, vouched, self._writer.durable_address)
+            destage = LogDestage(self, number, vouched)
+            if unvouched:
+                left = vouched
+            if volatile:
                 destage.need_seq = self._writer.accepted_seq
             for block, value in values:
                 self._choose_source(destage, block, value, fetch)
@@ -514,7 +543,7 @@ class LogDestager:
         if destage.need_seq:
             self._writer.commit(INTERNAL)
         if self.ordered is None:
-            self._index.begin_destage(number)
+            self._index.begin_destage(number, left, self.now_ns)
         else:
             del self.ordered.pending[number]
         self.in_flight[number] = destage

@@ -49,6 +49,7 @@ class LogIndex:
         "_dirty_pages",
         "_few_max",
         "_in_flight",
+        "_left",
         "_mask",
         "_objects",
         "_restored",
@@ -84,6 +85,9 @@ class LogIndex:
         """See `ordered`; None: objects are destaged in any order."""
         self._restored: dict[int, int] = {}
         """Objects in `dirty` whose destage has failed -> first dirty address, out of the order."""
+        self._left: dict[int, int] = {}
+        """Objects in `dirty` that were left so by their last destage -> from which address on. They ascend, and are out
+        of the order there."""
         self._in_flight: dict[int, int] = {}
         """Object that is being destaged -> its first dirty address."""
         self.kept: dict[int, None] = {}
@@ -265,15 +269,20 @@ class LogIndex:
 
     # --- destaging ---
 
-    def begin_destage(self, number: int) -> int:
-        """The object is not dirty any more, but in flight. Returns its first dirty address."""
+    def begin_destage(self, number: int, left: int = 0, now_ns: int = 0) -> int:
+        """The object is in flight, and not dirty any more, but for what is durable from the address `left` on, if that
+        is not 0; it grows from call to call. Returns its first dirty address."""
         assert number not in self._in_flight
+        self._left.pop(number, None)
         first = min(self.dirty.pop(number), self._restored.pop(number, 1 << 62))
         del self.since_ns[number]
         del self.queue[number]
         self.filled.pop(number, None)
         self._dirty_pages.pop(number, None)
         self._in_flight[number] = first
+        if left:
+            self.dirty[number] = self._left[number] = left
+            self.since_ns[number] = self.queue[number] = now_ns
         return first
 
     def put_off(self, number: int, now_ns: int) -> None:
@@ -296,11 +305,11 @@ class LogIndex:
         page: Iterable[int] = entry.few.values() if entry.page is None else entry.page
         return sum(1 for value in page if value >= low)
 
-    def dirty_blocks(self, number: int, durable: int) -> tuple[list[tuple[int, int]], bool]:
+    def dirty_blocks(self, number: int, vouched: int, durable: int) -> tuple[list[tuple[int, int]], bool, bool]:
         """The object's dirty blocks in ascending order, each with its value, as far as they lie below the address
-        `durable`; and whether there are others."""
+        `vouched`; and whether there are others below `durable`, and above."""
         entry = self._objects[number]
-        low, high, zero = entry.destaged << 1, durable << 1, entry.zero
+        low, high, zero = entry.destaged << 1, vouched << 1, entry.zero
         base = number << self._shift
         if zero >= low and zero:
             page = entry.page
@@ -314,7 +323,10 @@ class LogIndex:
         else:
             values = [(base + offset, value) for offset, value in sorted(entry.few.items()) if value >= low]
         below = [pair for pair in values if pair[1] < high]
-        return below, len(below) < len(values)
+        if len(below) == len(values):
+            return below, False, False
+        newer = [value >> 1 for _, value in values if value >= high]
+        return below, min(newer) < durable, max(newer) >= durable
 
     def destaged(self, number: int, address: int) -> None:
         """Everything below `address` in the object is on the backend, and durable there."""
@@ -338,6 +350,7 @@ class LogIndex:
             self._objects[number].destaged = address
             if not since:
                 del self.dirty[number], self.since_ns[number], self.queue[number]
+                self._left.pop(number, None)
                 self.filled.pop(number, None)
                 self._dirty_pages.pop(number, None)
 
@@ -350,6 +363,8 @@ class LogIndex:
                 oldest = min(oldest, self.dirty[number])
                 if number not in self._restored:
                     break
+            if self._left:
+                oldest = min(oldest, next(iter(self._left.values())))
         if self.lost:
             oldest = min(oldest, next(iter(self.lost.values())))
         return min((oldest, *self._restored.values(), *self._in_flight.values()))

@@ -115,6 +115,11 @@ class OrderedQueue:
         return not (self._records or self.running)
 
     @property
+    def first_end(self) -> int:
+        """Where the oldest record ends; there is one."""
+        return self._records[0].end
+
+    @property
     def since_ns(self) -> int:
         """When the oldest record became durable; there is one."""
         return self._records[0].since_ns
@@ -128,11 +133,17 @@ class OrderedQueue:
         while self._cuts and self._cuts[0] <= self.done:
             self._cuts.popleft()
 
-    def gather(self) -> bool:
-        """Find out what the step changes, some records at a time. True: all is known."""
+    def gather(self, limit: int) -> bool:
+        """Find out what the step changes, some records at a time, and none that ends above the address `limit`. True:
+        all is known."""
         looked = 0
         while not self._gathered:
-            if not self._records or (self._cuts and self._end >= self._cuts[0]) or self._blocks >= STEP_BLOCKS:
+            if (
+                not self._records
+                or self._records[0].end > limit
+                or (self._cuts and self._end >= self._cuts[0])
+                or self._blocks >= STEP_BLOCKS
+            ):
                 self._gathered = True
                 self.pending = dict.fromkeys(sorted(self._step))
                 break

@@ -55,6 +55,7 @@ class Record:
         "seq",
         "since_ns",
         "slots",
+        "vouches",
         "written",
         "zeroes",
     )
@@ -76,6 +77,8 @@ class Record:
         """When sealed: its blocks in ascending order, and their slots."""
         self.payload: list[int] = []
         self.entries_end = 0
+        self.vouches = 0
+        """It says that everything below this address was durable when it was sealed."""
         self.running = False
         self.written = False
         self.again = False
@@ -171,6 +174,9 @@ class LogWriter:
         self.durable_seq = next_seq - 1
         """And have entered the index, which goes in slices."""
         self.durable_address = head
+        self.vouched_address = head
+        """Everything below it is known to be durable to whoever reads the log after a crash: a durable record, or both
+        superblocks, say so. Rot there is found; above, it looks like the end of the log."""
         self.published = 0
         """Entries published in the RAM-tier file, ever; and of these, retired."""
         self._retired = 0
@@ -347,6 +353,7 @@ class LogWriter:
             flags,
         )
         record.entries_end = self.published
+        record.vouches = self.durable_address
         self._records.append(record)
         self.mark(record.address, record.seq)
         self.next_seq += 1
@@ -557,6 +564,7 @@ class LogWriter:
             self._sealed_blocks -= len(record.payload)
             entries = record.entries_end
             self.durable_seq = record.seq
+            self.vouched_address = max(self.vouched_address, record.vouches)
             self.durable_address = records[0].address if records else self.head
         if entries > self._retired:
             self._retired = entries

@@ -175,3 +175,36 @@ def test_a_daemon_ends_although_its_server_is_away(
     make()
     with Frontend(tmp_path / "disk.sock") as f:
         assert f.read(0, 2 * MIB) == noise(MIB, 1) + noise(MIB, 2)
+
+
+def test_sequential_reads_are_few_on_the_server_and_read_ahead(
+    make: Callable[[], NativeDaemon], tmp_path: Path
+) -> None:
+    image = noise(SIZE, "image")
+    (tmp_path / "served.img").write_bytes(image)
+    daemon = make()
+    with Frontend(tmp_path / "disk.sock") as f:
+        assert b"".join(f.read(at, 4096) for at in range(0, 4 * MIB, 4096)) == image[: 4 * MIB]
+        assert b"".join(f.read(at, MIB) for at in range(8 * MIB, 16 * MIB, MIB)) == image[8 * MIB : 16 * MIB]
+        f.write(16 * MIB, noise(MIB, "new"))  # perhaps into what was read ahead
+        assert f.read(16 * MIB, MIB) == noise(MIB, "new")
+    (statistics,) = daemon.stop().values()
+    assert statistics["readahead_blocks"] >= 2 * MIB // 4096
+    assert statistics["backend_operations"]["read"] <= 200
+    assert statistics["errors"] == 0
+
+
+def test_the_read_cache_of_an_export_is_warm_after_a_restart(server: Server, tmp_path: Path) -> None:
+    image = noise(SIZE, "image")
+    (tmp_path / "served.img").write_bytes(image)
+    cache = (f"--cache={tmp_path}/cache", "--cache-size=64MiB", "--read-cache=32MiB")
+    found = []
+    for _ in range(2):
+        daemon = NativeDaemon.export(server.uri, tmp_path / "disk.sock", "--ram", "32MiB", *cache)  # type: ignore[arg-type]
+        daemon.start()
+        with Frontend(tmp_path / "disk.sock") as f:
+            for at in sorted(range(0, 4 * MIB, 65536), key=lambda at: at * 7919 % 10007):
+                assert f.read(at, 65536) == image[at : at + 65536]
+        (statistics,) = daemon.stop().values()
+        found.append(statistics["backend_operations"]["read"])
+    assert found == [64, 0]

@@ -10,11 +10,21 @@ from tests.guest.daemon import Daemon
 from tests.guest.lab import Lab, fio_job, verify, write, write_command
 from tests.guest.qemu import Disk, Guest
 
-BEFORE, DURING, AFTER = fio_job(0, 16, seed=21), fio_job(64, 48, seed=22), fio_job(128, 16, seed=23)
+BEFORE, DURING, AFTER = fio_job(0, 8, seed=21), fio_job(64, 24, seed=22), fio_job(128, 24, seed=23)
 AGAIN = BEFORE.replace("seed=21", "seed=24")
-# Written and verified again and again, with a flush now and then.
-HAMMER = write_command(DURING, "--loops=3", "--fsync=32")
 SLOW = 64 << 10  # bytes a second, at which a migration does not end
+
+
+def hammer(guest: Guest, job: str) -> None:
+    """Writes and verifies it again and again, with a flush now and then, until `finish`."""
+    loop = f"while [ ! -e /tmp/stop ]; do {write_command(job, '--fsync=32')} || exit 1; done"
+    guest.begin(f"rm -f /tmp/stop; ({loop})")
+
+
+def finish(guest: Guest) -> None:
+    guest.wait_for_requests()
+    guest.run("touch /tmp/stop")
+    guest.finish(timeout_s=300)
 
 
 class Migration(Test):
@@ -55,19 +65,18 @@ class Migration(Test):
         b = self.export("b", "--incoming", cache=cache)
         guest = self.guest("a")
         write(guest, BEFORE)
-        guest.begin(HAMMER)
+        hammer(guest, DURING)
         guest = self.migrate(guest, "b")
-        guest.wait_for_requests()
-        guest.finish(timeout_s=300)
+        finish(guest)
         self.assertEqual(len(a.wait_for("handed-over")), 1)
         self.assertEqual(len(b.wait_for("taken-over")), 1)
         for job in (BEFORE, DURING):
             verify(guest, job)
         # What A has cached of this is old now.
         write(guest, AGAIN)
-        guest.begin(write_command(AFTER, "--loops=3", "--fsync=32"))
+        hammer(guest, AFTER)
         guest = self.migrate(guest, "a")
-        guest.finish(timeout_s=300)
+        finish(guest)
         self.assertEqual(len(a.wait_for("taken-over")), 1)
         for job in (AGAIN, DURING, AFTER):
             verify(guest, job)
@@ -90,7 +99,7 @@ class Migration(Test):
         b = self.export("b", "--incoming")
         guest = self.guest("a")
         write(guest, BEFORE)
-        guest.begin(HAMMER)
+        hammer(guest, DURING)
         destination = self.guest("b", incoming=True)
         guest.throttle_migration(SLOW)
         guest.migrate(self.uri())
@@ -111,8 +120,7 @@ class Migration(Test):
         self.assertEqual(b.events("taken-over"), [])
         destination.kill()
         guest = self.migrate(guest, "b")
-        guest.wait_for_requests()
-        guest.finish(timeout_s=300)
+        finish(guest)
         for job in (BEFORE, DURING):
             verify(guest, job)
         guest.power_off()
@@ -127,7 +135,7 @@ class Migration(Test):
         b = self.export("b", "--incoming", "--drain-on-exit")
         guest = self.guest("a")
         write(guest, BEFORE)
-        guest.begin(HAMMER)
+        hammer(guest, DURING)
         destination = self.guest("b", incoming=True)
         b.wait_for("connected")
         guest.throttle_migration(SLOW)
@@ -138,8 +146,7 @@ class Migration(Test):
         guest.throttle_migration(0)
         guest.wait_for_migration()
         guest.kill()
-        destination.wait_for_requests()
-        destination.finish(timeout_s=300)
+        finish(destination)
         for job in (BEFORE, DURING):
             verify(destination, job)
         destination.power_off()

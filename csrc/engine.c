@@ -103,6 +103,7 @@ void vhc_engine_free(vhc_engine *engine)
     for (uint32_t i = 0; i < engine->volumes_count; i++)
         volume_destroy(engine->volumes[i]);
     backends_destroy(engine);
+    io_forget(engine);
     for (uint32_t i = 0; i < engine->request_chunks.count; i++)
         free(engine->request_chunks.items[i]);
     if (engine->epoll_fd >= 0)

@@ -43,6 +43,10 @@ void io_destroy(vhc_engine *engine)
         engine->driver->destroy(engine);
         engine->driver_state = NULL;
     }
+}
+
+void io_forget(vhc_engine *engine)
+{
     for (uint32_t i = 0; i < engine->io_chunks.count; i++)
         free(engine->io_chunks.items[i]);
     free(engine->io_chunks.items);

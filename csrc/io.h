@@ -74,6 +74,7 @@ extern const struct io_driver io_uring_driver, io_threads_driver;
 
 bool io_create(vhc_engine *engine, char *error, size_t error_bytes);
 void io_destroy(vhc_engine *engine);
+void io_forget(vhc_engine *engine); /* when no backend has any I/O left */
 /* For drivers: io->result is set. */
 void io_ended(vhc_engine *engine, struct io *io);
 

@@ -151,7 +151,7 @@ def run(*command: str | Path) -> None:
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "a.qcow2"
-    run("qemu-img", "create", "-q", "-f", "qcow2", path, "64M")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "refcount_bits=1", path, "64M")
     try:
         os.setxattr(tmp_path, "user.vhostcache", b"x")
     except OSError:
@@ -191,10 +191,20 @@ def test_compressed_clusters_are_wanted_whole(qsd: Callable[..., QsdBackend]) ->
 
 
 def test_objects_smaller_than_a_compressed_cluster_are_refused(qsd: Callable[..., QsdBackend], image: Path) -> None:
-    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", image, "64M")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=2M,refcount_bits=1", image, "64M")
     with pytest.raises(ImageError, match=r"clusters of 2097152 bytes; expected an object_size that is a multiple"):
         qsd(Opener(), compress=True, object_bytes=MIB)
     qsd(Opener(), compress=True, object_bytes=2 * MIB)
+
+
+def test_an_image_whose_compressed_clusters_qemu_can_damage_is_refused(
+    qsd: Callable[..., QsdBackend], image: Path
+) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "64M")
+    with pytest.raises(ImageError, match=r"has reference counts of 16 bits.*expected refcount_bits=1; make it anew"):
+        qsd(Opener(), compress=True)
+    qsd(Opener(), compress=True, read_only=True).close()
+    qsd(Opener())
 
 
 def test_the_file_in_which_it_lies_is_marked_as_an_image_is(qsd: Callable[..., QsdBackend], image: Path) -> None:

@@ -45,7 +45,9 @@ class QsdBackend(Backend):
             server.start()
             assert server.node is not None
             self.warnings = server.warnings
-            self._refuse_small_objects(server.node.cluster_bytes, object_bytes)
+            if config.compresses and not read_only:
+                self._refuse_reference_counts(server.node.refcount_bits)
+                self._refuse_small_objects(server.node.cluster_bytes, object_bytes)
             uri = NbdBackendConfig.model_validate({"type": "nbd", "uri": server.uri, "connections": CONNECTIONS})
             self._opened = connect(self.identity, uri, opener, read_only, server.uncompressed_uri)
         except BaseException:
@@ -70,8 +72,19 @@ class QsdBackend(Backend):
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return -1
 
+    def _refuse_reference_counts(self, bits: int) -> None:
+        """QEMU packs compressed clusters into one of the file's until that is full, even when all that was in it was
+        overwritten, and it is another's now. Where a count can only be 0 or 1 it does not pack."""
+        if bits > 1:
+            raise ImageError(
+                self.identity,
+                f"has reference counts of {bits} bits: QEMU can damage compressed clusters that are rewritten",
+                "refcount_bits=1",
+                "make it anew: qemu-img convert -c -O qcow2 -o refcount_bits=1 OLD NEW",
+            )
+
     def _refuse_small_objects(self, cluster_bytes: int, object_bytes: int) -> None:
-        if self._config.compresses and cluster_bytes and object_bytes % cluster_bytes:
+        if cluster_bytes and object_bytes % cluster_bytes:
             raise ImageError(
                 self.identity,
                 f"compresses clusters of {cluster_bytes} bytes",

@@ -56,12 +56,14 @@ _MESSAGES: Final = 16  # kept, to say at its death what it said last
 class Node:
     """What the first answer said of the block device."""
 
-    def __init__(self, found: dict[str, Any]) -> None:
+    def __init__(self, found: dict[str, Any], around: list[dict[str, Any]]) -> None:
         image = found.get("image", {})
         self.size_bytes = int(image.get("virtual-size", 0))
         self.cluster_bytes = int(image.get("cluster-size", 0))
         self.read_only = bool(found.get("ro", False))
         self.direct = bool(found.get("cache", {}).get("direct", False))
+        details = [node["image"].get("format-specific", {}).get("data", {}) for node in around if not node.get("ro")]
+        self.refcount_bits = max((int(one.get("refcount-bits", 0)) for one in details), default=0)  # of qcow2
 
 
 class QsdServer:
@@ -339,7 +341,7 @@ class QsdServer:
             content = answer["QMP" if command == "greeting" else "return"]
             if command == "query-named-block-nodes":
                 name = self._config.blockdev.get("node-name", _EXPORT)
-                self.node = Node(next(node for node in content if node["node-name"] == name))
+                self.node = Node(next(node for node in content if node["node-name"] == name), content)
         except (ValueError, TypeError, KeyError, IndexError, StopIteration, AttributeError):
             self._error = self._error or "something that is not QMP"
             return

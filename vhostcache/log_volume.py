@@ -389,7 +389,7 @@ class LogVolume(GuestRequests):
 
         def grown() -> None:
             self._resize(size_bytes)
-            self._destager.size_bytes = size_bytes
+            self._destager.grow(size_bytes)
             when_done()
 
         self._checkpointer.backend_size_bytes = size_bytes

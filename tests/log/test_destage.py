@@ -11,7 +11,7 @@ from tests.log.test_log_volume import SECOND, Bench
 from vhostcache import operations as op
 from vhostcache.backoff import HELD_NS, Backoff, Trouble
 from vhostcache.log.depth import ASSUMED_BLOCKS_PER_S, QUIET_NS, SAMPLES, Modulator, ObjectsInFlight, Speed
-from vhostcache.log.destage import REMOTE_NS
+from vhostcache.log.sources import REMOTE_NS
 
 ENOSPC = 28
 OBJECT = 64

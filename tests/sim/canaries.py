@@ -12,7 +12,7 @@ from tests.sim.world import FOCUS
 from vhostcache import guest_requests, log_volume
 from vhostcache import operations as op
 from vhostcache.fill import Fills
-from vhostcache.log import checkpoint, decision, destage, index, ordered, read_ring, recovery, walk, writer
+from vhostcache.log import checkpoint, decision, destage, index, ordered, read_ring, recovery, sources, walk, writer
 from vhostcache.log.superblock import A_OFFSET_BYTES, B_OFFSET_BYTES
 from vhostcache.map import DIRTY, FREE, ORPHAN, WRITING
 
@@ -86,7 +86,7 @@ def destage_what_is_not_durable() -> None:
         else:
             original(self, chosen, block, value, fetch)
 
-    _patch(destage.LogDestager, "_choose_source", choose)
+    _patch(sources.Sources, "_choose_source", choose)
 
 
 @canary
@@ -258,7 +258,7 @@ def ordered_with_the_newest_version() -> None:
         durable = newest >> 1 < self._writer.durable_address
         original(self, chosen, block, newest if durable and newest > value else value, fetch)
 
-    _patch(destage.LogDestager, "_choose_version", choose)
+    _patch(sources.Sources, "_choose_version", choose)
 
 
 @canary

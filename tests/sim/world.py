@@ -719,7 +719,7 @@ class World:
             counters = volume._destager.counters
             if counters["blocks_bridged"]:
                 self.states["clean blocks are written for their neighbours' sake"] += 1
-            if counters["blocks_read_back"]:
+            if volume._destager._sources.blocks_read_back:
                 self.states["the backend is read for a whole object"] += 1
             if random_number() >= size.patience:
                 self.end_some()

@@ -355,6 +355,17 @@ def test_large_writes_say_what_the_backend_transfers_and_small_ones_that_it_is_n
     assert speed.blocks_per_s == ASSUMED_BLOCKS_PER_S, "it may have become faster"
 
 
+def test_what_a_write_costs_is_measured_too() -> None:
+    speed = Speed()
+    speed.answered(2_000_000)
+    assert speed.write_ns == 125_000
+    for _ in range(12):
+        speed.transferred(16_384, 16, SECOND)
+    for _ in range(12):
+        speed.transferred(1_400, 700, SECOND)  # a server whose processor is busy
+    assert 1_200_000 < speed.write_ns < 1_400_000
+
+
 def test_gaps_are_smaller_where_bytes_are_dear() -> None:
     bench = Backend()
     bench.destage(list(range(10, 20)))

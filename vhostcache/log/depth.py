@@ -18,6 +18,8 @@ ASSUMED_BLOCKS_PER_S: Final = 1 << 16
 """What a backend is taken to transfer until it has been measured, and drifts back to: 256 MiB/s."""
 LARGE_BLOCKS: Final = 64
 """Writes of 256 KiB and more on average say what the backend transfers; small ones only that it is at least so much."""
+WRITES_AT_ONCE: Final = 16
+"""What a backend is taken to do side by side until that has been measured."""
 SAMPLES: Final = 64
 """The least latency of this many writes, and of as many before, is taken for the backend's own."""
 QUIET_NS: Final = 50_000_000
@@ -29,14 +31,16 @@ GENTLE_BLOCKS: Final = 128
 
 
 class Speed:
-    """The least latency and the most throughput of late: what is between them is queues, of our own making too."""
+    """The least latency of late (what is more is queues, of our own making too), and what throughput is made of: time
+    for each write, and for each block."""
 
-    __slots__ = ("_before_ns", "_count", "_now_ns", "blocks_per_s")
+    __slots__ = ("_before_ns", "_count", "_now_ns", "_write_ns", "blocks_per_s")
 
     def __init__(self) -> None:
         self._before_ns = 0
         self._now_ns = 0
         self._count = 0
+        self._write_ns = 0
         self.blocks_per_s = ASSUMED_BLOCKS_PER_S
 
     @property
@@ -46,6 +50,12 @@ class Speed:
             return self._before_ns or self._now_ns
         return min(self._before_ns, self._now_ns)
 
+    @property
+    def write_ns(self) -> int:
+        """What one write costs besides its blocks, with as many at once as there are; until that is measured, a
+        share of the latency."""
+        return self._write_ns or self.latency_ns // WRITES_AT_ONCE
+
     def answered(self, latency_ns: int) -> None:
         """A small write has taken so long."""
         self._now_ns = min(self._now_ns, latency_ns) if self._count else latency_ns
@@ -54,13 +64,15 @@ class Speed:
             self._before_ns, self._count = self._now_ns, 0
 
     def transferred(self, blocks: int, writes: int, time_ns: int) -> None:
-        """So much in that time, in which there was always something to do."""
+        """So much in that time, in which there was always something to do. There was a write."""
         seen = max(1, blocks * 1_000_000_000 // time_ns)
         if blocks >= LARGE_BLOCKS * writes:
             self.blocks_per_s = (self.blocks_per_s + seen) // 2
         else:
             drifted = self.blocks_per_s + self.blocks_per_s // 64
             self.blocks_per_s = max(seen, min(drifted, ASSUMED_BLOCKS_PER_S))
+            cost_ns = max(1, (time_ns - blocks * 1_000_000_000 // self.blocks_per_s) // writes)
+            self._write_ns = (self._write_ns + cost_ns) // 2 if self._write_ns else cost_ns
 
 
 class ObjectsInFlight:
@@ -123,7 +135,8 @@ class ObjectsInFlight:
         if self._ended < ROUND * self.limit or now_ns <= self._round_ns:
             return
         took_ns = now_ns - self._round_ns
-        self._speed.transferred(self._blocks, self._writes, took_ns)
+        if self._writes:
+            self._speed.transferred(self._blocks, self._writes, took_ns)
         if self._saturated:
             self._judge((self._blocks + 16 * self._writes) * 1e9 / took_ns)
         self._new_round(now_ns)

@@ -19,12 +19,12 @@ from vhostcache import operations as op
 from vhostcache.backend_io import BackendIo
 from vhostcache.backoff import Trouble
 from vhostcache.log.choose import NOBODY, Chooser
-from vhostcache.log.depth import GENTLE_BLOCKS, GENTLE_WRITES, Modulator, ObjectsInFlight, Speed
+from vhostcache.log.depth import GENTLE_BLOCKS, GENTLE_WRITES, WRITES_AT_ONCE, Modulator, ObjectsInFlight, Speed
 from vhostcache.log.index import LogIndex
 from vhostcache.log.losses import Losses
 from vhostcache.log.ordered import OrderedQueue
 from vhostcache.log.pace import RAMP_BEGIN, RAMP_END
-from vhostcache.log.sources import WRITES_AT_ONCE, LogDestage, Sources
+from vhostcache.log.sources import LogDestage, Sources
 from vhostcache.log.writer import INTERNAL, LogWriter
 from vhostcache.map import Map
 from vhostcache.readcache import ReadCache
@@ -195,6 +195,7 @@ class LogDestager:
             "objects_in_flight": len(self.in_flight),
             "objects_limit": self._depth.limit,
             "backend_latency_us": self._speed.latency_ns // 1000,
+            "backend_write_us": self._speed.write_ns // 1000,
             "backend_blocks_per_s": self._speed.blocks_per_s,
         }
 

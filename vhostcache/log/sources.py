@@ -30,8 +30,6 @@ READS_AT_ONCE: Final = 128
 """Blocks of an object that are read from the log before the next ones are."""
 REMOTE_NS: Final = 500_000
 """A backend that takes so long for a small write is far away: see `_gap_blocks`."""
-WRITES_AT_ONCE: Final = 16
-"""What a backend is taken to do side by side."""
 GAP_BLOCKS_MAX: Final = 128
 
 
@@ -271,12 +269,11 @@ class Sources:
     # --- clean blocks that are written too ---
 
     def _gap_blocks(self) -> int:
-        """How many clean blocks may be written to save one write: half of what is transferred in the share of time that
-        a small write takes of the backend, or what fills up the backend's own unit. 0: the backend is near."""
-        latency_ns = self._speed.latency_ns
-        if latency_ns < REMOTE_NS:
+        """How many clean blocks may be written to save one write: half of what is transferred in the time that a write
+        costs besides its blocks, or what fills up the backend's own unit. 0: the backend is near."""
+        if self._speed.latency_ns < REMOTE_NS:
             return 0
-        blocks = latency_ns * self._speed.blocks_per_s // (2 * WRITES_AT_ONCE * 1_000_000_000)
+        blocks = self._speed.write_ns * self._speed.blocks_per_s // 2_000_000_000
         return min(GAP_BLOCKS_MAX, max(blocks, self._preferred_blocks - 1))
 
     def _choose_neighbours(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
@@ -308,7 +305,7 @@ class Sources:
         latency_ns, span = self._speed.latency_ns, range(blocks[0], blocks[-1] + 1)
         more = 2 * len(span) - len(blocks) - len(filled)
         transfer_ns = more * 1_000_000_000 // self._speed.blocks_per_s
-        if (runs - 1) * latency_ns // WRITES_AT_ONCE > 2 * (2 * latency_ns + transfer_ns):
+        if (runs - 1) * self._speed.write_ns > 2 * (2 * latency_ns + transfer_ns):
             self._choose_span(destage, [*blocks, *filled], span)
 
     def _bridge(self, destage: LogDestage, gap: range, zeroes: set[int], fetch: list[tuple[int, int]]) -> bool:

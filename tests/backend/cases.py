@@ -111,6 +111,11 @@ def image(kind: str, *blockdevs: str, objects: tuple[str, ...] = (), **options: 
     return serve
 
 
+def several(folder: Path) -> Make:
+    """Connections to the server of the folder."""
+    return nbd(f"nbd+unix:///?socket={folder}/nbd.sock", connections=4)
+
+
 SECRET = "secret,id=secret,data=sesame"
 QSD_RAW = image("raw", "driver=raw,node-name=disk,file=file")
 QSD_QCOW2 = image("qcow2", "driver=qcow2,node-name=disk,file=file,discard=unmap")
@@ -146,6 +151,7 @@ NBD_CASES = [
     Case("nbd-memory", serve=memory()),
     Case("nbd-memory-threads", serve=memory(), threads=True),
     Case("nbd-file", serve=served_file),
+    Case("nbd-connections", several, serve=served_file),
     Case("nbd-delay", serve=memory("rdelay=1ms", "wdelay=2ms", through="delay"), slow=True),
     Case("nbd-rate", serve=memory("rate=1G", through="rate"), slow=True),
     Case("nbd-errors", serve=memory("error-rate=20%", "error-extents-rate=0", through="error"), wraps=(RETRY,)),

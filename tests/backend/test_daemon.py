@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.backend.cases import DISK_BYTES, MIB
-from tests.backend.servers import nbdkit, qemu_img
+from tests.backend.servers import nbdkit
 from tests.frontend import Frontend
 from tests.guest.daemon import Daemon
 
@@ -129,23 +129,6 @@ def test_a_file_behind_all_wrappers_holds_what_the_guest_has_written(tmp_path: P
     assert "EIO" in (tmp_path / "the trace").read_text()
 
 
-def test_what_a_backend_refuses_is_kept_until_the_user_has_mended_it(tmp_path: Path, image: Path) -> None:
-    model = bytearray(DISK_BYTES)
-    full = tmp_path / "full"
-    full.touch()
-    wrap = [{"fault": {"kind": ["write", "zero"], "errno": "ENOSPC", "while_exists": str(full)}}]
-    with daemon(tmp_path, {"type": "file", "path": str(image), "wrap": wrap}):
-        with Frontend(tmp_path / "disk.sock") as frontend:
-            for number in range(8):
-                model[number * MIB : number * MIB + BLOCK] = data = bytes([number + 1]) * BLOCK
-                frontend.write(number * MIB, data)
-            frontend.flush()
-            assert frontend.read(0, BLOCK) == model[:BLOCK]
-        assert image.read_bytes() == bytes(DISK_BYTES)
-        full.unlink()
-    assert image.read_bytes() == model
-
-
 def end_by_two_signals(served: Daemon) -> int:
     assert served._process is not None
     process = served._process
@@ -187,64 +170,3 @@ def test_a_second_signal_leaves_in_the_log_what_a_server_that_is_away_has_not(tm
         with served:
             pass
     assert image.read_bytes() == model
-
-
-SECRET = {"qom-type": "secret", "id": "key", "data": "sesame"}
-
-
-def described(kind: str, path: Path) -> dict[str, Any]:
-    node: dict[str, Any] = {
-        "driver": kind.removeprefix("compressed "),
-        "file": {"driver": "file", "filename": str(path)},
-    }
-    if kind == "luks":
-        return {"type": "qsd", "blockdev": {**node, "key-secret": "key"}, "objects": [SECRET]}
-    return {"type": "qsd", "blockdev": {"driver": "compress", "file": node} if kind.startswith("compr") else node}
-
-
-def create(kind: str, path: Path) -> None:
-    # With a faster hash QEMU 7.2 may find its clock too coarse.
-    options = ["-o", "key-secret=key,iter-time=10,hash-alg=sha512"] if kind == "luks" else []
-    secret = ["--object", "secret,id=key,data=sesame"] if kind == "luks" else []
-    qemu_img("create", *secret, "-f", kind.removeprefix("compressed "), *options, path, str(DISK_BYTES))
-
-
-def content(kind: str, path: Path) -> bytes:
-    """What is in it, without the daemon's help."""
-    raw = path.with_suffix(".raw")
-    if kind == "luks":
-        secret = ["--object", "secret,id=key,data=sesame", "--image-opts"]
-        qemu_img("convert", *secret, "-O", "raw", f"driver=luks,key-secret=key,file.filename={path}", raw)
-    else:
-        qemu_img("convert", "-f", kind.removeprefix("compressed "), "-O", "raw", path, raw)
-    return raw.read_bytes()
-
-
-@pytest.mark.parametrize("kind", ["raw", "qcow2", "compressed qcow2", "luks"])
-def test_what_the_guest_has_written_is_in_the_image_that_qemu_opens(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "disk.image"
-    create(kind, path)
-    model = bytearray(content(kind, path))  # of luks: what its key makes of nothing
-    with daemon(tmp_path, described(kind, path)):
-        work(tmp_path / "disk.sock", model, 4)
-    assert content(kind, path) == model
-
-
-def test_a_storage_daemon_that_is_killed_goes_unnoticed_by_the_guest(tmp_path: Path) -> None:
-    model, path = bytearray(DISK_BYTES), tmp_path / "disk.image"
-    create("qcow2", path)
-    with daemon(tmp_path, described("qcow2", path)) as served:
-
-        def kill(number: int) -> None:
-            if number in (40, 90):
-                served.wait_for("backend-recovered", count=number // 50)
-                os.kill(storage_daemon(served.pid), signal.SIGKILL)
-
-        work(tmp_path / "disk.sock", model, 5, kill)
-    assert content("qcow2", path) == model
-
-
-def storage_daemon(pid: int) -> int:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    (found,) = [int(child) for child in children if "storage" in Path(f"/proc/{child}/cmdline").read_text()]
-    return found

@@ -1,6 +1,5 @@
 """NBD servers that die, refuse and lie: nothing is lost, nothing crashes, nobody hears of an error that passes."""
 
-import contextlib
 import errno
 import os
 import random
@@ -13,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.backend import liar
-from tests.backend.cases import DISK_BYTES, MIB, nbd
+from tests.backend.cases import ALL_WRAPPERS, DISK_BYTES, MIB, nbd
 from tests.backend.device import BLOCK, Device
 from tests.backend.liar import Command, Connection, Liar, Lies
 from tests.backend.servers import Server, nbdkit, nbdkit_tcp
-from vhostcache.engine import Engine
+from vhostcache.engine import Engine, EngineBackend
 from vhostcache.errors import EngineError
 
 
@@ -97,6 +96,29 @@ def test_a_write_lost_with_an_earlier_server_makes_the_next_flush_fail(tmp_path:
         assert device.wait(device.flush())[0] < 0, "the first write may be lost"
         device.put(0, bytes(BLOCK))
         device.sync()
+
+
+def test_wrappers_on_several_connections_go_through_a_servers_deaths_as_well(tmp_path: Path, image: Path) -> None:
+    server = nbdkit(tmp_path, "--filter=error", "file", image, "error-rate=10%", "error-extents-rate=0")
+
+    def make(engine: Engine) -> EngineBackend:
+        backend = nbd(server.uri, connections=3)(engine)
+        for kind, parameters in ALL_WRAPPERS:
+            backend = engine.wrap_backend(backend, kind, parameters.replace("TRACE", str(tmp_path / "trace")))
+        return backend
+
+    with server, Device(make) as device:
+        for round_ in range(6):
+            blocks = [noise(BLOCK, (round_, number)) for number in range(60)]
+            writes = [device.write(number * 3 * BLOCK, block) for number, block in enumerate(blocks)]
+            device.until(lambda writes=writes, round_=round_: sum(w in device.results for w in writes) >= 8 * round_)
+            server.kill()
+            server.start()
+            assert set(device.wait(*writes)) == {0}
+            reads = [device.read(number * 3 * BLOCK, BLOCK) for number in range(len(blocks))]
+            assert set(device.wait(*reads)) == {0}
+            assert [device.data(read) for read in reads] == blocks
+            device.wait(device.flush())  # it may fail, because the server has died
 
 
 def test_closing_does_not_wait_for_a_server_that_has_gone(tmp_path: Path, image: Path) -> None:
@@ -389,6 +411,3 @@ def test_pre_shared_keys_open_a_connection_and_wrong_ones_do_not(tmp_path: Path,
         with Engine(poll_max_us=0) as engine, pytest.raises(EngineError) as caught:
             nbd(uri, tls_psk_file=str(wrong), tls_username="alice")(engine)
         assert "\n" not in str(caught.value)
-
-
-assert contextlib

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.backend.cases import DISK_BYTES, MIB
+from tests.backend.cases import DISK_BYTES
 from tests.backend.servers import nbdkit
 from tests.frontend import Frontend
 from tests.guest.daemon import Daemon

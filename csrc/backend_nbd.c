@@ -26,6 +26,7 @@
 
 #include "io.h"
 #include "nbd_connect.h"
+#include "nbd_holes.h"
 
 #define MAX_LINKS 16u
 #define MAX_DATA_BYTES (32u << 20)  /* of one command: what every server takes that does not say otherwise */
@@ -56,6 +57,15 @@ struct command {
 };
 TAILQ_HEAD(commands, command);
 
+/* A question about holes, which no I/O waits for. */
+struct ask {
+    TAILQ_ENTRY(ask) entry;
+    struct nbd *owner;
+    struct link *link; /* that it was sent on, or NULL */
+    struct question question;
+};
+TAILQ_HEAD(asks, ask);
+
 struct link {
     struct nbd *owner;
     uint32_t index;
@@ -81,6 +91,9 @@ struct nbd {
     uint32_t wanted, up;
     struct commands waiting[QUEUES]; /* what somebody waits for; the background; what goes to the second export */
     struct commands ended;
+    struct holes *holes; /* or NULL: the server does not say */
+    bool mute;           /* nor does it when asked */
+    struct asks asks;
     uint32_t waiting_count;
     uint64_t written, flushed; /* commands that have succeeded; how many of them a flush has covered */
     uint64_t doubts, doubts_told;
@@ -112,6 +125,8 @@ static void command_finish(struct nbd *nbd, struct command *command, int error)
     assert((uint32_t)*word);
     if (--*word & UINT32_MAX)
         return;
+    if (nbd->holes && (io->kind == IO_WRITE || io->kind == IO_ZERO))
+        holes_change_ends(nbd->holes, io->offset, io->bytes);
     backend_done(nbd->backend, io, -(int32_t)(*word >> 32));
 }
 
@@ -154,6 +169,26 @@ static void write_zeroes(struct nbd *nbd, struct io *io, uint64_t position, uint
     backend_wants_push(nbd->backend);
 }
 
+/* True: it is done. Otherwise the server may be asked what else there is, so that the next one is. */
+static bool read_hole(struct nbd *nbd, struct io *io)
+{
+    struct question question;
+    if (holes_cover(nbd->holes, io->offset, io->bytes)) {
+        for (uint32_t i = 0; i < io->iov_count; i++)
+            memset(io->iov[i].iov_base, 0, io->iov[i].iov_len);
+        nbd->stats.hole_bytes += io->bytes;
+        return true;
+    }
+    if (!nbd->mute && holes_ask(nbd->holes, io->offset, io->bytes, &question)) {
+        struct ask *ask = calloc(1, sizeof *ask);
+        assert(ask);
+        ask->owner = nbd;
+        ask->question = question;
+        TAILQ_INSERT_TAIL(&nbd->asks, ask, entry);
+    }
+    return false;
+}
+
 static void nbd_submit(struct backend *backend, struct io *io)
 {
     struct nbd *nbd = backend->state;
@@ -171,6 +206,12 @@ static void nbd_submit(struct backend *backend, struct io *io)
         backend_done(backend, io, 0);
         return;
     }
+    if (nbd->holes && io->kind == IO_READ && read_hole(nbd, io)) {
+        backend_done(backend, io, 0);
+        return;
+    }
+    if (nbd->holes && (io->kind == IO_WRITE || io->kind == IO_ZERO))
+        holes_change_begins(nbd->holes, io->offset, io->bytes);
     if (io->kind == IO_ZERO && !nbd->can_zero) {
         write_zeroes(nbd, io, 0, io->bytes);
     } else if (io->kind == IO_FLUSH) {
@@ -297,6 +338,68 @@ static void transmit(struct nbd *nbd, struct link *link, struct command *command
     TAILQ_INSERT_TAIL(&nbd->ended, command, entry);
 }
 
+/* ---- questions about holes ---- */
+
+static void count_ask(struct ask *ask, struct link *link, int by)
+{
+    struct nbd *nbd = ask->owner;
+    link->commands += (uint32_t)by;
+    nbd->stats.in_flight += (uint32_t)by;
+    nbd->backend->engine->remote_ios += (uint32_t)by;
+}
+
+static void ask_over(struct ask *ask, bool good)
+{
+    holes_answered(ask->owner->holes, &ask->question, good);
+    if (ask->link)
+        count_ask(ask, ask->link, -1);
+    TAILQ_REMOVE(&ask->owner->asks, ask, entry);
+    free(ask);
+}
+
+/* libnbd calls these two, in the middle of its work. */
+static int on_extents(void *user, const char *context, uint64_t offset, uint32_t *entries, size_t count, int *error)
+{
+    struct ask *ask = user;
+    for (size_t i = 0; i + 1 < count && !*error && strcmp(context, LIBNBD_CONTEXT_BASE_ALLOCATION) == 0; i += 2) {
+        if (entries[i])
+            holes_answer(ask->owner->holes, &ask->question, offset, entries[i], entries[i + 1] & LIBNBD_STATE_ZERO);
+        offset += entries[i];
+    }
+    return 0;
+}
+
+static int on_answer(void *user, int *error)
+{
+    struct ask *ask = user;
+    if (*error && *error != ENOTCONN && *error != ESHUTDOWN)
+        ask->owner->mute = true;
+    ask_over(ask, !*error);
+    return 1;
+}
+
+static struct ask *first_unsent(struct nbd *nbd)
+{
+    struct ask *ask = TAILQ_FIRST(&nbd->asks);
+    while (ask && ask->link)
+        ask = TAILQ_NEXT(ask, entry);
+    return ask;
+}
+
+static void send_ask(struct ask *ask, struct link *link)
+{
+    nbd_extent_callback extents = {.callback = on_extents, .user_data = ask};
+    nbd_completion_callback answer = {.callback = on_answer, .user_data = ask};
+    struct nbd *nbd = ask->owner;
+    ask->link = link;
+    count_ask(ask, link, 1);
+    nbd->stats.commands[4]++;
+    nbd->stats.bytes[4] += ask->question.bytes;
+    /* Two answers may follow at once, from the call; if it says no, none does. */
+    if (nbd_aio_block_status(link->nbd, ask->question.bytes, ask->question.offset, extents, answer, 0) < 0)
+        ask_over(ask, false);
+}
+
 static bool is_wanted(const struct nbd *nbd, uint32_t index)
 {
     return index < nbd->wanted || (index == UNCOMPRESSED && nbd->uncompressed_needed);
@@ -382,6 +485,10 @@ static void pump(struct nbd *nbd)
     if (pump_queue(nbd, &nbd->waiting[0]))
         pump_queue(nbd, &nbd->waiting[1]);
     pump_queue(nbd, &nbd->waiting[2]);
+    struct ask *ask;
+    struct link *link;
+    while ((ask = first_unsent(nbd)) && (link = idlest(nbd, false)))
+        send_ask(ask, link);
     for (uint32_t i = 0; i < LINKS; i++)
         if (nbd->links[i].nbd && !is_dead(&nbd->links[i]))
             watch(nbd, &nbd->links[i]);
@@ -481,6 +588,12 @@ static void drop_link(struct nbd *nbd, struct link *link)
     link->broken = false;
     if (link->index != UNCOMPRESSED)
         nbd->up--;
+    struct ask *ask, *next;
+    for (ask = TAILQ_FIRST(&nbd->asks); ask; ask = next) {
+        next = TAILQ_NEXT(ask, entry);
+        if (ask->link == link)
+            ask_over(ask, false);
+    }
     while ((command = TAILQ_LAST(&link->sent, commands))) {
         TAILQ_REMOVE(&link->sent, command, entry);
         count_out(nbd, command);
@@ -494,6 +607,8 @@ static void drop_link(struct nbd *nbd, struct link *link)
 static void link_lost(struct nbd *nbd, struct link *link)
 {
     nbd->stats.losses++;
+    if (nbd->holes)
+        holes_forget(nbd->holes); /* a server that has lost what it had written may have lost zeroes */
     drop_link(nbd, link);
     if (nbd->written > nbd->flushed) {
         nbd->doubts++;
@@ -753,6 +868,9 @@ static void nbd_end(struct backend *backend)
             command_free(command);
         }
     }
+    while (!TAILQ_EMPTY(&nbd->asks))
+        ask_over(TAILQ_FIRST(&nbd->asks), false);
+    holes_free(nbd->holes);
     nbd_target_release(nbd->target);
     if (nbd->uncompressed)
         nbd_target_release(nbd->uncompressed);
@@ -790,6 +908,7 @@ static struct backend *make(vhc_engine *engine, struct nbd_target *target, const
     for (uint32_t i = 0; i < QUEUES; i++)
         TAILQ_INIT(&nbd->waiting[i]);
     TAILQ_INIT(&nbd->ended);
+    TAILQ_INIT(&nbd->asks);
     for (uint32_t i = 0; i < LINKS; i++) {
         struct link *link = &nbd->links[i];
         link->owner = nbd;
@@ -825,6 +944,8 @@ vhc_backend *vhc_backend_nbd(vhc_engine *engine, const vhc_nbd_config *config, c
             return NULL;
         }
     }
+    if (nbd_can_meta_context(handle, LIBNBD_CONTEXT_BASE_ALLOCATION) > 0)
+        nbd->holes = holes_new(facts.size_bytes);
     nbd->wanted = config->connections > MAX_LINKS ? MAX_LINKS : config->connections ? config->connections : 1;
     if (!link_up(nbd, &nbd->links[0], handle, &facts)) {
         snprintf(error, error_bytes, "the connection cannot be watched: %s", strerror(errno));

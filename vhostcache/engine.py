@@ -57,6 +57,7 @@ _BACKEND_COUNTERS: Final = (
     "repeated",
     "abandoned",
     "staged_bytes",
+    "hole_bytes",
     "in_flight",
     "waiting",
     "connections",

@@ -12,13 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-READ, WRITE, DISCONNECT, FLUSH, TRIM, _, WRITE_ZEROES = range(7)
+READ, WRITE, DISCONNECT, FLUSH, TRIM, _, WRITE_ZEROES, BLOCK_STATUS = range(8)
 REQUEST = struct.Struct(">IHHQQI")
 REPLY = struct.Struct(">IIQ")
 REQUEST_MAGIC, REPLY_MAGIC, OPTION_REPLY_MAGIC = 0x25609513, 0x67446698, 0x3E889045565A9
 HAS_FLAGS, FLAG_READ_ONLY, CAN_FLUSH, CAN_TRIM, CAN_ZERO, CAN_MULTI_CONN = 1, 2, 4, 32, 64, 256
 OPT_EXPORT_NAME, OPT_ABORT, OPT_GO = 1, 2, 7
-REP_ACK, REP_INFO, REP_ERR_UNSUPPORTED = 1, 3, 0x80000001
+OPT_STRUCTURED_REPLY, OPT_SET_META_CONTEXT = 8, 10
+REP_ACK, REP_INFO, REP_META_CONTEXT, REP_ERR_UNSUPPORTED = 1, 3, 4, 0x80000001
+CONTEXT, CHUNK_DATA, CHUNK_BLOCK_STATUS = 77, 1, 5
 INFO_EXPORT, INFO_BLOCK_SIZE = 0, 3
 
 Answer = Callable[["NbdServer", socket.socket, int, int, int, int], bool]
@@ -34,6 +36,7 @@ class NbdServer:
     flags: int = HAS_FLAGS | CAN_FLUSH | CAN_ZERO | CAN_MULTI_CONN
     blocks: tuple[int, int, int] | None = None
     answer: Answer | None = None
+    structured: bool = False  # then `answer` has to answer what is in a block
     greeting: bytes | None = None  # instead of a negotiation
     kinds: list[int] = field(default_factory=list)
     connections: int = 0
@@ -116,6 +119,13 @@ class NbdServer:
                     self._reply(connection, option, REP_INFO, struct.pack(">HIII", INFO_BLOCK_SIZE, *self.blocks))
                 self._reply(connection, option, REP_ACK, b"")
                 return
+            if self.structured and option == OPT_STRUCTURED_REPLY:
+                self._reply(connection, option, REP_ACK, b"")
+                continue
+            if self.structured and option == OPT_SET_META_CONTEXT:
+                self._reply(connection, option, REP_META_CONTEXT, struct.pack(">I", CONTEXT) + b"base:allocation")
+                self._reply(connection, option, REP_ACK, b"")
+                continue
             if option == OPT_ABORT:
                 raise EOFError
             self._reply(connection, option, REP_ERR_UNSUPPORTED, b"")
@@ -137,7 +147,10 @@ class NbdServer:
             return True
         self.execute(kind, offset, length, data)
         read = bytes(self.volatile[offset : offset + length]) if kind == READ else b""
-        connection.sendall(REPLY.pack(REPLY_MAGIC, 0, cookie) + read)
+        if kind == READ and self.structured:
+            connection.sendall(chunk(CHUNK_DATA, cookie, struct.pack(">Q", offset) + read))
+        else:
+            connection.sendall(REPLY.pack(REPLY_MAGIC, 0, cookie) + read)
         return True
 
     def execute(self, kind: int, offset: int, length: int, data: bytes) -> None:
@@ -158,6 +171,17 @@ def receive(connection: socket.socket, length: int) -> bytes:
             raise EOFError
         data += more
     return data
+
+
+def chunk(kind: int, cookie: int, payload: bytes) -> bytes:
+    return struct.pack(">IHHQI", 0x668E33EF, 1, kind, cookie, len(payload)) + payload
+
+
+def block_status(cookie: int, *entries: tuple[int, int]) -> bytes:
+    """(bytes, flags): 1 a hole, 2 zeroes."""
+    return chunk(
+        CHUNK_BLOCK_STATUS, cookie, struct.pack(">I", CONTEXT) + b"".join(struct.pack(">II", *e) for e in entries)
+    )
 
 
 def fail(errno_on_the_wire: int) -> Answer:

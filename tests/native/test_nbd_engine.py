@@ -332,6 +332,96 @@ def test_what_libnbd_would_overlook_is_refused(uri: str, options: dict[str, Any]
         engine.nbd_backend(uri, **options)
 
 
+# -- holes --
+
+
+def test_what_the_server_calls_a_hole_is_read_once(server: NbdServer) -> None:
+    def answer(server: NbdServer, connection: socket.socket, kind: int, cookie: int, offset: int, length: int) -> bool:
+        if kind == nbd_server.BLOCK_STATUS:
+            connection.sendall(nbd_server.block_status(cookie, (4 * MIB, 3), (MIB, 0), (length - 5 * MIB, 2)))
+        return kind == nbd_server.BLOCK_STATUS
+
+    server.structured, server.answer = True, answer
+    server.volatile[4 * MIB : 5 * MIB] = noise(MIB, "data")
+    with opened(server) as device:
+        assert device.get(0, BLOCK) == bytes(BLOCK)
+        device.until(lambda: device.backend.statistics()["in_flight"] == 0)
+        reads = server.kinds.count(nbd_server.READ)
+        assert device.get(BLOCK, 4 * MIB - BLOCK) == bytes(4 * MIB - BLOCK)
+        assert device.get(5 * MIB, 8 * MIB) == bytes(8 * MIB)
+        assert server.kinds.count(nbd_server.READ) == reads
+        assert device.get(4 * MIB - BLOCK, MIB + BLOCK) == bytes(BLOCK) + noise(MIB, "data")
+        device.put(6 * MIB, noise(BLOCK, "new"))
+        assert device.get(6 * MIB - BLOCK, 3 * BLOCK) == bytes(BLOCK) + noise(BLOCK, "new") + bytes(BLOCK)
+        assert server.kinds.count(nbd_server.BLOCK_STATUS) == 1
+        assert device.backend.statistics()["hole_bytes"] == 12 * MIB - BLOCK
+
+
+@pytest.mark.parametrize("done", [True, False], ids=["written_meanwhile", "being_written"])
+def test_an_answer_about_holes_that_a_write_has_overtaken_is_not_believed(server: NbdServer, done: bool) -> None:
+    held: list[bytes] = []
+
+    def answer(server: NbdServer, connection: socket.socket, kind: int, cookie: int, offset: int, length: int) -> bool:
+        if kind == nbd_server.BLOCK_STATUS:
+            held.append(nbd_server.block_status(cookie, (length, 3)))
+        elif kind == nbd_server.WRITE and not done:
+            connection.sendall(held.pop())  # before the write is done
+        return kind == nbd_server.BLOCK_STATUS
+
+    server.structured, server.answer = True, answer
+    with opened(server) as device:
+        assert device.get(0, BLOCK) == bytes(BLOCK)
+        device.until(lambda: held)
+        device.put(MIB, noise(BLOCK, "new"))
+        if done:
+            with server._lock:
+                server._open[0].sendall(held.pop())
+        device.until(lambda: device.backend.statistics()["in_flight"] == 0)
+        assert device.get(MIB, BLOCK) == noise(BLOCK, "new")
+        assert device.get(8 * MIB, BLOCK) == bytes(BLOCK)
+
+
+@pytest.mark.parametrize(
+    "entries", [(), ((0, 3),), ((0xFFFFFFFF, 3), (0xFFFFFFFF, 3)), ((1, 3), (1, 0)) * 5000, ((512, 2), (1 << 31, 0))]
+)
+def test_nonsense_about_holes_does_no_harm(server: NbdServer, entries: tuple[tuple[int, int], ...]) -> None:
+    def answer(server: NbdServer, connection: socket.socket, kind: int, cookie: int, offset: int, length: int) -> bool:
+        if kind == nbd_server.BLOCK_STATUS:
+            connection.sendall(nbd_server.block_status(cookie, *entries))
+        return kind == nbd_server.BLOCK_STATUS
+
+    server.structured, server.answer = True, answer
+    with opened(server) as device:
+        for number in range(8):
+            device.put(number * MIB, noise(BLOCK, number))
+            assert device.get(number * MIB, BLOCK) == noise(BLOCK, number)
+            assert len(device.get(number * MIB + BLOCK, BLOCK)) == BLOCK
+
+
+def test_what_was_known_of_holes_is_forgotten_with_the_connection(server: NbdServer) -> None:
+    def answer(server: NbdServer, connection: socket.socket, kind: int, cookie: int, offset: int, length: int) -> bool:
+        if kind == nbd_server.BLOCK_STATUS:
+            connection.sendall(nbd_server.block_status(cookie, (length, 3)))
+        return kind == nbd_server.BLOCK_STATUS
+
+    server.structured, server.answer = True, answer
+    with opened(server) as device:
+        device.get(0, BLOCK)
+        device.until(lambda: device.backend.statistics()["in_flight"] == 0)
+        server.answer = fail(95)  # asked again, it refuses
+        server.drop_connections()
+        device.until(lambda: device.backend.statistics()["losses"])
+        server.answer = lambda server, connection, kind, cookie, offset, length: (
+            kind == nbd_server.BLOCK_STATUS and fail(95)(server, connection, kind, cookie, offset, length)
+        )
+        server.volatile[MIB : MIB + BLOCK] = b"!" * BLOCK
+        assert device.get(MIB, BLOCK) == b"!" * BLOCK
+        asked = server.kinds.count(nbd_server.BLOCK_STATUS)
+        for number in range(5):
+            device.get(number * BLOCK, BLOCK)
+        assert server.kinds.count(nbd_server.BLOCK_STATUS) <= asked + 1
+
+
 # -- the end --
 
 

@@ -2,7 +2,7 @@
  *
  *   engine ─┬─ volume ──┬─ slab, descriptors, groups              (volume.c, slab.c)
  *           │           ├─ RAM tier's entries, log's checksums    (tier.c, log.c)
- * *           │           ├─ stack of backends                      (backend.c, backend_*.c, nbd_*.c)
+ *           │           ├─ stack of backends                      (backend.c, backend_*.c, nbd_*.c)
  *           │           └─ connection ── queues, guest memory     (export.c, messages.c, memory.c, queue.c)
  *           ├─ requests, by tag                                   (request.c)
  *           ├─ I/O in flight, and the driver that does it         (io.c, io_uring.c, io_threads.c)

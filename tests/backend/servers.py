@@ -107,7 +107,11 @@ def qemu_storage_daemon(folder: Path, *arguments: str | Path) -> Server:
         *("--nbd-server", f"addr.type=unix,addr.path={path}"),
         *("--export", "type=nbd,id=export,node-name=disk,name=,writable=on"),
     ]
-    return Server(["qemu-storage-daemon", "--pidfile", pid_file, *arguments, *options], path, pid_file)
+    return Server(
+        ["setpriv", "--pdeathsig=TERM", "qemu-storage-daemon", "--pidfile", pid_file, *arguments, *options],
+        path,
+        pid_file,
+    )
 
 
 def qemu_img(*arguments: str | Path) -> None:

@@ -184,10 +184,10 @@ def test_what_was_written_is_there_on_the_other_side_and_back_again(make: Callab
         source.begin()
         written |= fill(source, ("later", number), 8)
         stop(source)
-        assert here.seen("handed-over") == number // 2 + 1
+        here.daemon.wait_for("handed-over", count=number // 2 + 1)
         start(destination)
         check(destination, written)
-        assert there.seen("taken-over") == number // 2 + 1
+        there.daemon.wait_for("taken-over", count=number // 2 + 1)
         source.close()
         source = destination
     source.flush()
@@ -217,7 +217,7 @@ def test_a_destination_that_waits_in_vain_is_cut_off_and_may_come_again(make: Ca
         with b.waiting() as destination:
             start(destination)
             destination.expect_gone()
-        assert b.seen("take-over-failed") == 1
+        b.daemon.wait_for("take-over-failed")
         source.begin()
         stop(source)
         with b.frontend() as destination:
@@ -251,7 +251,7 @@ def test_a_guest_that_goes_on_at_its_source_after_all_gets_its_disk_back(make: C
         start(source)  # the destination has died
         written |= fill(source, "after", 8)
         check(source, written)
-        assert a.seen("taken-over") == 1
+        a.daemon.wait_for("taken-over")
         stop(source)
         start(destination)
         check(destination, written)
@@ -339,7 +339,7 @@ def test_a_source_whose_image_is_away_keeps_it_and_lets_go_when_it_can(
             outage.touch()
             source.begin()
             stop(source)  # it is answered, late
-            assert daemon.events("hand-over-late")
+            daemon.wait_for("hand-over-late")
             assert not daemon.events("handed-over")
             start(destination)
             read = destination.start_read(FREE, PAGE)
@@ -347,7 +347,7 @@ def test_a_source_whose_image_is_away_keeps_it_and_lets_go_when_it_can(
             # The guest may as well go on here.
             start(source)
             written |= fill(source, "more", 8)
-            assert daemon.events("hand-over-cancelled")
+            daemon.wait_for("hand-over-cancelled")
             stop(source)
             outage.unlink()
             daemon.wait_for("handed-over")
@@ -373,7 +373,7 @@ def test_a_guest_whose_requests_nothing_answers_stays_where_they_are(
             source.begin()
             with b.waiting() as destination:
                 stop(source)
-                assert daemon.events("hand-over-refused")
+                daemon.wait_for("hand-over-refused")
                 start(destination)
                 destination.expect_gone()
             outage.unlink()
@@ -467,7 +467,7 @@ def test_an_nbd_export_goes_over_and_no_old_cache_is_believed(make: Callable[...
             start(destination)
             for offset, data in written.items():
                 assert destination.read(offset, PAGE) == data
-            assert b.daemon.events("cache-cold")
+            b.daemon.wait_for("cache-cold")
             stop(source)
             destination.begin()
             stop(destination)

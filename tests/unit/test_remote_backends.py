@@ -163,12 +163,18 @@ def image(tmp_path: Path) -> Path:
 def qsd(image: Path) -> Iterator[Callable[..., QsdBackend]]:
     opened: list[QsdBackend] = []
 
-    def open_it(opener: Opener, compress: bool = False, read_only: bool = False, object_bytes: int = MIB) -> QsdBackend:
+    def open_it(
+        opener: Opener,
+        compress: bool = False,
+        read_only: bool = False,
+        object_bytes: int = MIB,
+        **options: Any,
+    ) -> QsdBackend:
         blockdev: dict[str, Any] = {"driver": "qcow2", "file": {"driver": "file", "filename": str(image)}}
         if compress:
             blockdev = {"driver": "compress", "file": blockdev}
         config = QsdBackendConfig.model_validate({"type": "qsd", "blockdev": blockdev})
-        opened.append(QsdBackend(config, opener, read_only, False, object_bytes))
+        opened.append(QsdBackend(config, opener, read_only, False, object_bytes, **options))
         return opened[-1]
 
     yield open_it
@@ -254,6 +260,20 @@ def test_once_settled_the_process_has_gone_in_good_order_and_nobody_is_alarmed(
     run("qemu-io", "-f", "qcow2", "-c", "read -P 7 1M 64k", image)  # its locks are free
     assert backend.happened(LOST, "the server has gone", 0) is None
     assert backend.look(0) == []
+
+
+def test_what_another_has_open_can_be_looked_at_and_not_be_opened(qsd: Callable[..., QsdBackend]) -> None:
+    first = qsd(Opener())
+    with pytest.raises(ImageError, match=r"Failed to get .*lock"):
+        qsd(Opener(), lock_wait_s=0.0)
+    opener = Opener()
+    opener.facts = replace(opener.facts, read_only=True)  # as the server says then
+    looked_at = qsd(opener, locked=False)
+    assert looked_at.facts.size_bytes == 64 * MIB
+    assert not looked_at.facts.read_only
+    looked_at.close()
+    first.close()
+    qsd(Opener(), lock_wait_s=0.0)
 
 
 def test_a_client_that_cannot_connect_leaves_no_process(qsd: Callable[..., QsdBackend], image: Path) -> None:

@@ -21,7 +21,9 @@ def open_backend(
         return FileBackend(config.path, volume.read_only, volume.cache_mode.direct, lock_wait_s, locked)
     if isinstance(config, NbdBackendConfig):
         return NbdBackend(config, opener, volume.read_only)
-    return QsdBackend(config, opener, volume.read_only, volume.cache_mode.direct, volume.object_size)
+    return QsdBackend(
+        config, opener, volume.read_only, volume.cache_mode.direct, volume.object_size, lock_wait_s, locked
+    )
 
 
 def stack_backend(volume: VolumeConfig, backend: Backend, opener: Opener) -> Opened:

@@ -18,7 +18,7 @@ from vhostcache.backend import mark
 from vhostcache.backend.base import Backend, Notice, Opened, Opener, Stamp, identity_bytes
 from vhostcache.backend.mark import Mark
 from vhostcache.backend.nbd import Connection, connect
-from vhostcache.backend.qsd_server import QsdServer
+from vhostcache.backend.qsd_server import LOCK_WAIT_S, QsdServer
 from vhostcache.config_backend import NbdBackendConfig, QsdBackendConfig
 from vhostcache.errors import ImageError
 
@@ -32,24 +32,32 @@ class QsdBackend(Backend):
     kind: ClassVar[str] = "qsd"
 
     def __init__(
-        self, config: QsdBackendConfig, opener: Opener, read_only: bool, direct: bool, object_bytes: int
+        self,
+        config: QsdBackendConfig,
+        opener: Opener,
+        read_only: bool,
+        direct: bool,
+        object_bytes: int,
+        lock_wait_s: float = LOCK_WAIT_S,
+        locked: bool = True,
     ) -> None:
-        """Start it and connect. ImageError: one line, and nothing is left running."""
+        """Start it and connect. ImageError: one line, and nothing is left running. Not `locked`: to look at what
+        another has open, and to be closed again before anybody does I/O."""
         self._config = config
         self._connection = Connection(config.label)
         self._descriptor = self._open_image()
         before_ns = self._changed_ns()
         self._server: QsdServer | None = None
         try:
-            self._server = server = QsdServer(config, self.identity, read_only, direct)
-            server.start()
+            self._server = server = QsdServer(config, self.identity, read_only, direct, shared=not locked)
+            server.start(lock_wait_s=lock_wait_s)
             assert server.node is not None
             self.warnings = server.warnings
             if config.compresses and not read_only:
                 self._refuse_reference_counts(server.node.refcount_bits)
                 self._refuse_small_objects(server.node.cluster_bytes, object_bytes)
             uri = NbdBackendConfig.model_validate({"type": "nbd", "uri": server.uri, "connections": CONNECTIONS})
-            self._opened = connect(self.identity, uri, opener, read_only, server.uncompressed_uri)
+            self._opened = connect(self.identity, uri, opener, read_only or not locked, server.uncompressed_uri)
         except BaseException:
             self.close()
             raise
@@ -57,6 +65,7 @@ class QsdBackend(Backend):
         self._opening_ns = (before_ns, self._changed_ns())
         self.facts = dataclasses.replace(
             self._opened.facts,
+            read_only=self._opened.facts.read_only and (read_only or locked),
             direct=server.node.direct,
             wants_whole_objects=config.compresses,
             preferred_bytes=server.node.cluster_bytes if config.compresses else self._opened.facts.preferred_bytes,

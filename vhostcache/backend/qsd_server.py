@@ -67,12 +67,15 @@ class Node:
 
 
 class QsdServer:
-    """See the module. `subject` is what messages call it."""
+    """See the module. `subject` is what messages call it. `shared`: to look at what another has open, without locks."""
 
-    def __init__(self, config: QsdBackendConfig, subject: str, read_only: bool, direct: bool) -> None:
+    def __init__(
+        self, config: QsdBackendConfig, subject: str, read_only: bool, direct: bool, shared: bool = False
+    ) -> None:
         self._config = config
         self._subject = subject
-        self._read_only = read_only
+        self._read_only = read_only or shared
+        self._shared = shared
         self._direct = direct
         self._watch: Callable[[int], None] | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -243,6 +246,8 @@ class QsdServer:
             made["file"] = {"node-name": _UNCOMPRESSED, **given["file"]}
         if self._read_only:
             made["read-only"] = True
+        if self._shared:
+            made["force-share"] = True
         return made
 
     # While it serves.
@@ -431,7 +436,8 @@ def _how(status: int | None) -> str:
 
 def _make_folder(subject: str) -> tuple[str, int]:
     """A folder for the socket, and a descriptor that keeps a lock on it; those of daemons that were killed go."""
-    candidates = [os.environ.get("XDG_RUNTIME_DIR", ""), "/run", tempfile.gettempdir(), "/tmp"]
+    ours = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]  # systemd's, where nothing else can be written
+    candidates = [ours, os.environ.get("XDG_RUNTIME_DIR", ""), "/run", tempfile.gettempdir(), "/tmp"]
     for base in candidates:
         longest = len(os.fsencode(os.path.join(base, f"{_FOLDER_PREFIX}12345678", "nbd")))
         if not os.path.isabs(base) or longest > PATH_BYTES or not os.access(base, os.W_OK | os.X_OK):

@@ -102,7 +102,8 @@ test-guests: setup-test
 fuzz: setup-test ## each fuzz target for FUZZ_SECONDS
 	@FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=1 scripts/fuzz
 sanitize: setup-test ## the engine under ASan and UBSan, as the real daemon; all of tests/native with scripts/sanitize
-	@scripts/sanitize tests/unit/test_engine.py tests/unit/test_engine_log.py tests/native/test_disconnects.py tests/native/test_malformed_messages.py \
+	@scripts/sanitize tests/unit/test_engine.py tests/unit/test_engine_log.py tests/unit/test_engine_backend.py tests/native/test_nbd_engine.py \
+		tests/native/test_disconnects.py tests/native/test_malformed_messages.py \
 		tests/backend/test_servers.py
 test-bench: setup-test
 	@$(BIN)/python -m tests.bench --quick

@@ -98,8 +98,8 @@ class RemoteDisk:
     def write_config(self, **cache: Any) -> None:
         if cache:
             self.keys["cache"] = {**self.keys["cache"], **cache}
-        volume = {"name": "vda", "socket": "disk.sock", "backend": self.backend, **self.keys}
-        self.config.write_text(yaml.safe_dump({"volumes": [volume]}))
+        volume: dict[str, Any] = {"name": "vda", "socket": "disk.sock", "backend": self.backend, **self.keys}
+        self.config.write_text(yaml.safe_dump({"volumes": [volume], "control": "control.sock"}))
 
     def write(self, frontend: Frontend, offset: int, data: bytes) -> None:
         frontend.write(offset, data)
@@ -287,6 +287,27 @@ def test_what_qemu_cannot_open_is_one_line_in_its_words(qsd_disk: MakeDisk, tmp_
     disk.write_config()
     assert "qemu-system-common" in disk.refused()
     assert not (tmp_path / "disk.cache").exists()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_image_that_qemu_opens_grows_while_it_is_in_use(qsd_disk: MakeDisk, tmp_path: Path, kind: str) -> None:
+    disk = qsd_disk(kind)
+    disk.write_config(drain_on_exit=True)
+    with disk.daemon, Frontend(disk.socket) as frontend:
+        disk.change(frontend, "before", 20)
+        grown = DISK_BYTES + 16 * MIB
+        done = run(VHOSTCACHE, "resize", "vda", str(grown), "--control", tmp_path / "control.sock")
+        assert "80 MiB" in done.stdout
+        assert frontend.capacity == grown
+        disk.change(frontend, "after", 20)
+        end = noise(65536, "end")
+        frontend.write(grown - len(end), end)
+        frontend.flush()
+        disk.assert_reads(frontend)
+    found = content(tmp_path / "disk.image", kind)
+    assert (len(found), found[:DISK_BYTES], found[-len(end) :]) == (grown, disk.expected, end)
+    with disk.daemon, Frontend(disk.socket) as frontend:
+        assert frontend.capacity == grown
 
 
 # NBD.

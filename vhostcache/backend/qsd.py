@@ -30,6 +30,7 @@ class QsdBackend(Backend):
     """See the module."""
 
     kind: ClassVar[str] = "qsd"
+    can_resize: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -120,6 +121,14 @@ class QsdBackend(Backend):
     @property
     def wake_at_ns(self) -> int:
         return self._server.wake_at_ns if self._server is not None else super().wake_at_ns
+
+    def resize(self, size_bytes: int) -> None:
+        """See Backend."""
+        server = self._server
+        if server is None or not server.ready:
+            raise ImageError(self.identity, "is away", hint="try it again when it is back")
+        server.resize(size_bytes)
+        self.facts = dataclasses.replace(self.facts, size_bytes=size_bytes)
 
     def happened(self, what: int, message: str, now_ns: int) -> Notice | None:
         if self._server is None or self._server.is_stopping:

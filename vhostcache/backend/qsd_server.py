@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import json
 import os
+import queue
 import select
 import shutil
 import socket
@@ -89,6 +90,7 @@ class QsdServer:
         self._delay_ns = _FIRST_DELAY_NS
         self._started_ns = 0
         self._stopping = False
+        self._answers: queue.SimpleQueue[dict[str, Any] | None] | None = None  # to whoever resizes
         self.node: Node | None = None
         self.ready = False
         self.restarts = 0
@@ -223,15 +225,18 @@ class QsdServer:
             ("blockdev-add", node),
             ("query-named-block-nodes", {"flat": True}),
             ("nbd-server-start", {"addr": {"type": "unix", "data": {"path": self.socket_path}}}),
-            ("block-export-add", self._export(_EXPORT, node["node-name"], "")),
+            *(("block-export-add", export) for export in self._exports(node)),
         ]
-        if self.uncompressed_uri is not None:
-            export = self._export(_UNCOMPRESSED, node["file"]["node-name"], _UNCOMPRESSED)
-            commands.append(("block-export-add", export))
         self._waiting = deque(["greeting", *(command for command, _ in commands)])
         lines = [json.dumps({"execute": command, "arguments": given}, default=str) for command, given in commands]
         with contextlib.suppress(OSError):  # it has died, as will be seen
             self._qmp.sendall("".join(f"{line}\n" for line in lines).encode())
+
+    def _exports(self, node: dict[str, Any]) -> list[dict[str, Any]]:
+        exports = [self._export(_EXPORT, node["node-name"], "")]
+        if self.uncompressed_uri is not None:
+            exports.append(self._export(_UNCOMPRESSED, node["file"]["node-name"], _UNCOMPRESSED))
+        return exports
 
     def _export(self, identifier: str, node_name: str, name: str) -> dict[str, Any]:
         writable = not self._read_only
@@ -286,6 +291,8 @@ class QsdServer:
         self._process.kill()
         self._close_descriptors()
         self.wake_at_ns = now_ns
+        if (answers := self._answers) is not None:
+            answers.put(None)
 
     def _again(self, now_ns: int) -> list[Notice]:
         if self._process is not None:
@@ -312,6 +319,51 @@ class QsdServer:
             return [Notice("qsd-failed", {"error": str(error), "again_in_s": self._delay_ns / 1e9})]
         return []
 
+    # Growing: the one thing that is asked of it while it serves, from a thread of its own.
+
+    def resize(self, size_bytes: int) -> None:
+        """QEMU changes the size of nothing that is exported, so the exports go for a moment, as in an outage. Waits.
+        ImageError: in QEMU's words; it serves on as it was."""
+        node = self._blockdev()
+        exports = self._exports(node)
+        self._answers = queue.SimpleQueue()
+        try:
+            for export in exports:
+                self._command("block-export-del", {"id": export["id"], "mode": "hard"})
+                self._expect(lambda answer: answer.get("event") == "BLOCK_EXPORT_DELETED")
+            try:
+                self._command("block_resize", {"node-name": node["node-name"], "size": size_bytes})
+                self._expect(lambda answer: "return" in answer)
+            finally:
+                for export in exports:
+                    self._command("block-export-add", export)
+                    self._expect(lambda answer: "return" in answer)
+        finally:
+            self._answers = None
+
+    def _command(self, command: str, given: dict[str, Any]) -> None:
+        line = json.dumps({"execute": command, "arguments": given}) + "\n"
+        try:
+            assert self._qmp is not None
+            self._qmp.sendall(line.encode())
+        except (OSError, AssertionError) as error:
+            raise ImageError(self._subject, "its qemu-storage-daemon has just died", hint="try it again") from error
+
+    def _expect(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        assert self._answers is not None
+        while True:
+            try:
+                answer = self._answers.get(timeout=START_S)
+            except queue.Empty:
+                raise ImageError(self._subject, f"says nothing for {START_S:.0f} s") from None
+            if answer is None:
+                raise ImageError(self._subject, "its qemu-storage-daemon has just died", hint="try it again")
+            if "error" in answer:
+                said = one_line(str(answer["error"].get("desc")))[:_MESSAGE_CHARS]
+                raise ImageError(self._subject, f"qemu-storage-daemon says: {said}")
+            if wanted(answer):
+                return
+
     # What it says.
 
     def _read_qmp(self) -> bool:
@@ -337,7 +389,10 @@ class QsdServer:
     def _take(self, line: bytes) -> None:
         try:
             answer = json.loads(line)
-            if "event" in answer:
+            answers = self._answers
+            if answers is not None and self.ready:
+                answers.put(dict(answer))
+            if "event" in answer or self.ready:
                 return
             command = self._waiting.popleft()
             if "error" in answer:

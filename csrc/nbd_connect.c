@@ -102,7 +102,11 @@ void nbd_target_release(struct nbd_target *target)
 /* libnbd's own words, in one line. */
 static void say_why(char *error, size_t error_bytes)
 {
-    const char *text = nbd_get_error();
+    const char *text = nbd_get_error(), *function_end;
+
+    /* "nbd_aio_connect_uri: connect: Connection refused": the function is nobody's business. */
+    if (text && !strncmp(text, "nbd_", 4) && (function_end = strstr(text, ": ")))
+        text = function_end + 2;
     snprintf(error, error_bytes, "%s", text && *text ? text : "the server does not speak NBD");
     for (char *at = error; *at; at++)
         if (*at == '\n' || *at == '\r')
@@ -190,7 +194,7 @@ static bool read_facts(struct nbd_handle *nbd, const struct nbd_target *target, 
     else if (smallest && (__builtin_popcount(smallest) != 1 || size % (smallest > VHC_BLOCK ? VBLK_SECTOR : smallest)))
         what = "is no multiple of the server's smallest block";
     else if (nbd_is_read_only(nbd) && !target->read_only)
-        what = "is read-only: use read_only: on, or let the server allow writing";
+        what = "is read-only: use --read-only (read_only: on), or let the server allow writing";
     if (what) {
         snprintf(error, error_bytes, "the export of %lld bytes (smallest block %u) %s", (long long)size, smallest, what);
         return false;

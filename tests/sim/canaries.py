@@ -20,7 +20,13 @@ CANARIES: Final[dict[str, Callable[[], None]]] = {}
 SIZES: Final[dict[str, dict[str, Any]]] = {}
 """For those that take many seeds otherwise: what kind of run finds them soon."""
 SIZES["destage-what-nothing-vouches-for"] = {**FOCUS[0], "flips": 1.0, "openings": 2, "steps": 40, "ordered": False}
-SIZES["destage-what-is-not-durable"] = {**FOCUS[0], "power": 1.0, "ordered": False}
+SIZES["destage-what-is-not-durable"] = {
+    **FOCUS[0],
+    "power": 1.0,
+    "ordered": False,
+    "blocks": 12,
+    "steps": 60,
+}
 SIZES["no-epoch"] = SIZES["no-open-seq"] = {**FOCUS[1], "recovery_crashes": 0.0, "cache_faults": 0.0, "flips": 0.0}
 SIZES["write-cache-forgotten"] = {**FOCUS[4], "ignore_flush": False}
 for _name in (

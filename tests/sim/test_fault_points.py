@@ -8,7 +8,7 @@ from tests.sim.world import World
 SCENARIOS = (1, 2, 3, 4)
 QUIET = {
     "openings": 3,
-    "steps": 40,
+    "steps": 60,
     "cache_faults": 0.0,
     "backend_faults": 0.0,
     "flips": 0.0,

@@ -13,16 +13,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import resource
-import shlex
 import signal
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -46,14 +42,15 @@ from vhostcache.errors import (
     why_number,
 )
 from vhostcache.events import EventLog
-from vhostcache.guest_requests import VolumeSettings
 from vhostcache.handover import Away, HandOver
+from vhostcache.host import notify_supervisor, qemu_arguments, raise_descriptor_limit
 from vhostcache.log.format import REQUEST_BLOCKS
 from vhostcache.log.superblock import WRITE_CACHE_OFF, WRITE_CACHE_UNKNOWN
-from vhostcache.log_volume import LogVolume, LogVolumeSettings
+from vhostcache.log_volume import LogVolume
 from vhostcache.map import slots_for_ram
 from vhostcache.resize import Growth
 from vhostcache.resize import refuse as refuse_size
+from vhostcache.served import Served, State, log_volume_settings, volume_settings
 from vhostcache.sockets import Listener
 from vhostcache.volume import NEVER, Volume
 
@@ -97,58 +94,6 @@ _LEVELS: Final[dict[str, Literal["info", "warning", "error"]]] = {
     "qsd-message": "warning",
     "qsd-restarted": "info",
 }  # of notices; the others are errors
-
-
-class State(Enum):
-    SERVING = "serving"
-    DRAINING = "draining"
-    STOPPED = "stopped"
-
-
-@dataclass
-class Served:
-    """One volume and all that belongs to it, away from the hot path."""
-
-    config: VolumeConfig
-    backend: Backend
-    top: Opened | None  # of the backend and its wrappers
-    listener: Listener
-    volume: Volume | LogVolume | Away
-    hand_over: HandOver
-    claim: CacheClaim | None = None
-    state: State = State.SERVING
-    connected: bool = False
-    failed: bool = False
-    # The guest's write cache: as configured or as the guest has set it; whether it may flush; and whether it may
-    # believe something else, because an earlier process has told it so.
-    write_cache: bool = True
-    flush_negotiated: bool = True
-    write_cache_unknown: bool = False
-    came_over: bool = False  # by migration, perhaps with its guest, which may connect once more
-    told: bool | None = None
-    closing: bool = False
-    log_progress: tuple[int, ...] | None = None  # at the end: how far the log had come ...
-    give_up_at_ns: int = NEVER  # ... and when to wait no longer for more
-    gave_up: bool = False  # on its backend, which is not there: what is dirty stays in the log
-    growth: Growth | None = None
-    growing: bool = False  # the backend has grown, and the superblocks are to say so
-    resize_error: str = ""  # of the last one
-
-    @property
-    def name(self) -> str:
-        return self.config.name
-
-    @property
-    def is_away(self) -> bool:
-        """Another daemon may have the image."""
-        return isinstance(self.volume, Away)
-
-    @property
-    def drains(self) -> bool:
-        """At the end everything goes to the image. With a cache file it may as well stay there."""
-        if self.is_away:
-            return False
-        return self.claim is None or (self.config.cache.drain_on_exit and not (self.failed or self.gave_up))
 
 
 class Daemon:
@@ -196,7 +141,7 @@ class Daemon:
     def run(self) -> int:
         """Serve until told to stop. Error: something was refused, and nothing has been started."""
         with contextlib.ExitStack() as stack:
-            _raise_descriptor_limit(len(self._config.volumes))
+            raise_descriptor_limit(len(self._config.volumes))
             # At the end in this order: the engine, with all I/O; sockets; claims, which say how the images were left;
             # the backends. The engine is there first because some backends are opened by it.
             opened, claimed, bound = (stack.enter_context(contextlib.ExitStack()) for _ in range(3))
@@ -274,7 +219,7 @@ class Daemon:
         def tell(level: str, event: str, fields: dict[str, Any]) -> None:
             getattr(self._log, level)(event, volume=volume.name, **fields)
             if event in ("recovering", "making-cache"):
-                _notify_supervisor(f"EXTEND_TIMEOUT_USEC={30 * 10**6}")
+                notify_supervisor(f"EXTEND_TIMEOUT_USEC={30 * 10**6}")
 
         if volume.incoming and waits:
             prepare_cache(volume, tell)
@@ -321,20 +266,7 @@ class Daemon:
             return self._add_logged(config, backend, listener, claim, common)
         index = self._engine.add_volume(**common)
         assert index in (len(self._served), common["attach_to"])
-        settings = VolumeSettings(
-            index=index,
-            size_bytes=facts.size_bytes,
-            object_bytes=config.object_size,
-            slots=common["slots"],
-            acknowledge_durable=not mode.writeback,
-            ignore_flush=mode.no_flush,
-            destage_after_ns=config.destage_after,
-            fill_bytes=config.fill_bytes,
-            readahead_bytes=config.readahead_bytes,
-            backend_timeout_ns=config.backend_timeout or 0,
-            can_abandon=backend.facts.can_abandon,
-        )
-        volume = Volume(settings, self._operations)
+        volume = Volume(volume_settings(index, config, facts), self._operations)
         hand_over = self._hand_over(index, config)
         served = Served(config, backend, top, listener, volume, hand_over, write_cache=mode.writeback)
         served.write_cache_unknown = attach_to is not None  # who had it before us has told the guest something
@@ -391,31 +323,7 @@ class Daemon:
                     crcs[first : first + record.payload_blocks] = memoryview(record.crcs)
             if claim.read_cache and claim.read_cache[1]:
                 crcs[recovered.ring_blocks :] = memoryview(claim.read_cache[1]).cast("I")
-        cache = config.cache
-        settings = LogVolumeSettings(
-            index=index,
-            size_bytes=backend.facts.size_bytes,
-            object_bytes=config.object_size,
-            slots=claim.layout.slots,
-            acknowledge_durable=not mode.writeback,
-            ignore_flush=mode.no_flush,
-            destage_after_ns=config.destage_after,
-            fill_bytes=config.fill_bytes,
-            readahead_bytes=config.readahead_bytes,
-            backend_timeout_ns=config.backend_timeout or 0,
-            can_abandon=backend.facts.can_abandon,
-            tier_entries=claim.layout.entries,
-            wants_whole_objects=backend.facts.wants_whole_objects,
-            sync_interval_ns=cache.sync_interval,
-            flush_window_ns=cache.flush_window,
-            checkpoint_interval_ns=cache.checkpoint_interval,
-            destage=cache.destage,
-            destage_threshold_percent=config.destage_threshold,
-            max_batched_objects=config.max_batched_objects,
-            ordered=config.policy == "ordered",
-            preferred_bytes=backend.facts.preferred_bytes,
-            max_bytes=backend.facts.max_bytes,
-        )
+        settings = log_volume_settings(index, config, backend.facts, claim.layout)
         eviction = claim.read_cache[0] if claim.read_cache else None
         volume = LogVolume(settings, self._operations, recovered, eviction=eviction)
         claim.read_cache = None
@@ -474,7 +382,7 @@ class Daemon:
                 read_only=facts.read_only,
                 ram_bytes=served.config.ram,
                 object_bytes=served.config.object_size,
-                **_cache_fields(served),
+                **served.cache_fields(),
             )
         names = [served.name for served in self._served]
         engine = self._engine.engine_statistics()
@@ -493,7 +401,7 @@ class Daemon:
             io_uring=bool(engine["io_uring"]),
             registered_buffers=bool(engine["registered_buffers"]),
         )
-        _notify_supervisor("READY=1")
+        notify_supervisor("READY=1")
 
     # The loop.
 
@@ -970,7 +878,7 @@ class Daemon:
     def _shut_down(self, reason: str) -> None:
         self._shutting_down = True
         self._log.info("stopping", reason=reason)
-        _notify_supervisor("STOPPING=1")
+        notify_supervisor("STOPPING=1")
         for index in range(len(self._served)):
             self._stop_volume(index)
 
@@ -1072,7 +980,7 @@ class Daemon:
         assert self._control is not None
         volumes = []
         for index, served in enumerate(self._served):
-            volumes.append(self._status(served))
+            volumes.append(served.status(time.monotonic_ns()))
             if index % STATUS_SLICE == STATUS_SLICE - 1:
                 yield
         self._control.reply(
@@ -1084,33 +992,6 @@ class Daemon:
                 "volumes": volumes,
             }
         )
-
-    def _status(self, served: Served) -> dict[str, Any]:
-        """From counters that cost nothing to read."""
-        config, core = served.config, served.volume.statistics()
-        return {
-            "name": served.name,
-            "state": "failed" if served.failed else served.state.value,
-            "storage": served.hand_over.where.value,
-            "connected": served.connected,
-            "socket": config.socket,
-            "backend": config.backend.label,
-            "backend_status": served.backend.status(time.monotonic_ns()),
-            "mode": config.cache_mode.name,
-            "read_only": config.read_only,
-            "size_bytes": served.volume.size_bytes,
-            "resize": _resize_state(served),
-            "ram_bytes": config.ram,
-            "dirty_bytes": core["dirty_blocks"] * 4096,
-            "cached_bytes": core["cached_blocks"] * 4096,
-            "hits": core["hits"],
-            "misses": core["misses"],
-            "flushes_received": core["flushes_received"],
-            "flushes_performed": core["flushes_performed"],
-            "settings": tunables.current(config),
-            "backend_held": why_number(-core["backend_held"]) if core.get("backend_held") else None,
-            "cache": None if served.claim is None else {"path": served.claim.path, **metrics.log_status(core)},
-        }
 
 
 class _Storage:
@@ -1182,54 +1063,5 @@ class _Storage:
         return self._served.volume.statistics()["dirty_blocks"] * 4096
 
 
-def _cache_fields(served: Served) -> dict[str, Any]:
-    claim = served.claim
-    if claim is None or claim.file is None:
-        return {}
-    return {"cache": claim.path, "cache_bytes": claim.file.size_bytes, "write_cache": served.write_cache}
-
-
-def _resize_state(served: Served) -> dict[str, Any] | None:
-    running = served.growth is not None or served.growing
-    return {"running": running, "error": served.resize_error} if running or served.resize_error else None
-
-
-def qemu_arguments(config: VolumeConfig) -> str:
-    """The lines that attach the disk, for a shell."""
-    identity = config.name if config.name[0].isalpha() else f"disk-{config.name}"
-    path = os.path.abspath(config.socket).replace(",", ",,")
-    queues = config.num_queues if "num_queues" in config.model_fields_set else min(4, config.num_queues)
-    words = [
-        ["-m", "1G", "-object", "memory-backend-memfd,id=mem,size=1G,share=on", "-machine", "memory-backend=mem"],
-        ["-chardev", f"socket,id={identity},path={path},reconnect=1"],
-        ["-device", f"vhost-user-blk-pci,chardev={identity},num-queues={queues}"],
-    ]
-    lines = " \\\n  ".join(shlex.join(line) for line in words)
-    return f"# QEMU arguments for '{config.name}' (size= is the guest's memory, as -m says it):\n  {lines}"
-
-
 def _ignore(number: int, frame: object) -> None:
     """The number has already been written to the wake-up socket."""
-
-
-def _raise_descriptor_limit(volumes: int) -> None:
-    """Each volume has an image, a listener, a connection, and for each of up to 64 queues a kick and a call
-    descriptor.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 256 + volumes * (16 + 2 * 64 + 32)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-
-
-def _notify_supervisor(message: str) -> None:
-    """systemd's sd_notify: one datagram to the socket that it names, if it does."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.setblocking(False)
-        sender.connect("\0" + address[1:] if address[0] == "@" else address)
-        sender.send(message.encode())

@@ -25,9 +25,10 @@ from vhostcache import operations as op
 from vhostcache.backend.file import FileBackend
 from vhostcache.config import MIB, Config
 from vhostcache.control import query
-from vhostcache.daemon import Daemon, qemu_arguments
+from vhostcache.daemon import Daemon
 from vhostcache.errors import ImageError, SocketError
 from vhostcache.events import EventLog
+from vhostcache.host import qemu_arguments
 from vhostcache.volume import Volume
 
 FLUSH_BIT = 1 << 9

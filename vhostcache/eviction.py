@@ -29,6 +29,8 @@ MAIN: Final = 4
 """It is in the main queue."""
 HELD: Final = 8
 """Taken, and in no queue: it is being written, or was dropped while it was being read."""
+LOOKS_MAX: Final = 256
+"""Positions spared or moved on by one eviction, about 0.2 ms: where everything has been hit, the oldest goes anyway."""
 GHOST_SHARE: Final = 2
 """Ghosts for each position."""
 REGION_SHIFT: Final = 10
@@ -195,24 +197,27 @@ class Eviction:
     def _evict(self) -> int:
         """A position whose block has given way, or 0."""
         small_max = self.positions // SMALL_SHARE
+        looks = LOOKS_MAX
         while self.small_count or self.main_count:
             if self.small_count > small_max or not self.main_count:
                 position = self._next[0]
-                if self.flags[position] & HITS:
+                if self.flags[position] & HITS and looks:
+                    looks -= 1
                     self._promote(position)
                     continue
             else:
-                position = self._oldest_of_main()
+                position = self._oldest_of_main(looks)
             self._leave(position)
             self.evictions += 1
             return position
         return 0
 
-    def _oldest_of_main(self) -> int:
-        """The oldest that has not been hit; those that have are spared."""
+    def _oldest_of_main(self, looks: int) -> int:
+        """The oldest that has not been hit; those that have are spared, at most so many."""
         end, flags, following = self._main_end, self.flags, self._next
         position = following[end]
-        while flags[position] & HITS:
+        while flags[position] & HITS and looks:
+            looks -= 1
             flags[position] -= 1
             self._unlink(position)
             self._append(position, end)

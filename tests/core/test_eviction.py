@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from vhostcache.eviction import Eviction
+from vhostcache.eviction import LOOKS_MAX, Eviction
 
 
 @pytest.mark.parametrize("positions", [1, 2, 50, 300])
@@ -65,3 +65,17 @@ def test_a_scan_does_not_sweep_what_is_asked_for_often() -> None:
         if cache.wants(block):
             cache.admit(block, cache.take())
     assert sum(1 for block in range(100) if cache.find(block)) >= 90
+
+
+def test_an_eviction_ends_soon_although_everything_has_been_hit() -> None:
+    cache = Eviction(20 * LOOKS_MAX)
+    for block in range(cache.positions):
+        cache.admit(block, cache.take())
+        for _ in range(3):
+            cache.hit(cache.find(block))
+    for round_ in range(40):
+        before = bytes(cache.flags)
+        cache.admit(cache.positions + round_, cache.take())
+        cache.hit(cache.find(cache.positions + round_))
+        assert sum(a != b for a, b in zip(before, cache.flags, strict=True)) <= LOOKS_MAX + 1
+    assert cache.small_count + cache.main_count == cache.positions

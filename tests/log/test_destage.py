@@ -13,6 +13,7 @@ from vhostcache.backoff import HELD_NS, Backoff, Trouble
 from vhostcache.log.depth import ASSUMED_BLOCKS_PER_S, QUIET_NS, SAMPLES, Modulator, ObjectsInFlight, Speed
 from vhostcache.log.sources import REMOTE_NS
 
+EIO = 5
 ENOSPC = 28
 OBJECT = 64
 """Blocks of an object on the bench."""
@@ -151,6 +152,35 @@ def test_the_last_object_of_a_disk_that_ends_in_it_is_written_to_the_end() -> No
     bench.flush()
     bench.wait(14 * SECOND)
     assert bench.writes == [(OBJECT, 11)]
+
+
+def test_behind_the_end_of_a_disk_that_grows_meanwhile_zeroes_are_written() -> None:
+    bench = Backend(wants_whole_objects=True, size_bytes=(OBJECT + 10) * 4096 + 512)
+    bench.write(OBJECT + 2)
+    bench.flush()
+    bench.now_ns += 14 * SECOND
+    bench.seen.clear()
+    bench.turn()
+    assert bench.seen[bench.seen.index(op.READ) - 1] == op.SLOT_ZERO, "the rest of the last block"
+
+
+def test_a_gap_that_the_backend_cannot_read_keeps_nothing_from_being_written() -> None:
+    bench = Backend()
+    blocks = list(range(0, OBJECT, 2))
+    for block in blocks:
+        bench.write(block)
+    bench.flush()
+    bench.evict()
+    bench.remote(2_000_000)
+    bench.volume._destager._speed._write_ns = 2_000_000
+    bench.now_ns += 2 * SECOND
+    bench.turn()
+    assert not bench.writes, "it is worth its while to read the gaps first"
+    bench.end(op.READ, -EIO)
+    bench.settle()
+    assert sorted(bench.writes) == [(block, 1) for block in blocks]
+    assert bench.volume.statistics()["blocks_bridged"] == 0
+    assert bench.volume._destager.settled
 
 
 def test_a_hot_object_is_neither_rewritten_for_ever_nor_starved() -> None:

@@ -391,16 +391,23 @@ class Sources:
         offset = span.start * op.BLOCK_BYTES
         size = min(len(span) * op.BLOCK_BYTES, self.size_bytes - offset)
         self._keep_readable(destage, fetch)
+        if size % op.BLOCK_BYTES:
+            # A disk may grow before this is written: what is behind its end is zeroes then.
+            self._io.zero_slot(destage.span_slots[-1], size % op.BLOCK_BYTES, -size % op.BLOCK_BYTES)
         self._io.read(self._io.begin(SpanRead(self, destage, fetch)), offset, size, destage.span_slots)
         self._io.reads -= 1  # not for the guest
 
     def span_read(self, destage: LogDestage, fetch: list[tuple[int, int]], result: int) -> None:
         """The backend has been read."""
-        if result < 0:
+        if result < 0 and self.unit_blocks:
             self._release_reading(destage)
             self._failed(destage, result)
-        else:
-            self._fetch(destage, fetch)
+            return
+        if result < 0:
+            # It was only to save writes. A sector that stays bad is none of those that have to be written.
+            destage.bridged -= len(destage.missing)
+            destage.missing = []
+        self._fetch(destage, fetch)
 
     # --- from the log ---
 

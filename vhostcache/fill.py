@@ -33,8 +33,8 @@ class ReadJob:
         self.deadline_ns = deadline_ns
         """When it stops waiting for a backend that does not answer."""
         self.parts = 0
-        self.direct = False
-        """Some part is read into guest memory by the backend, so the request can't be dropped."""
+        self.direct = 0
+        """Parts that are being read into guest memory: meanwhile the request can't be answered, nor always dropped."""
         self.error = 0
         """The worst that has happened to a part, a negative errno."""
         self.waits = True

@@ -378,6 +378,7 @@ class GuestRequests:
     def direct_done(self, read: "DirectRead", result: int) -> None:
         """A read into guest memory has ended."""
         del self._direct[read]
+        read.job.direct -= 1
         self._part_done(read.job, result, not read.address)
 
     def _retry_filled(self, request: Parked, result: int, on_backend: bool) -> None:
@@ -438,9 +439,11 @@ class GuestRequests:
         """Try again what is due, fail what has waited for too long. Returns when to look again, in ns."""
         deadlines = self._deadlines
         while deadlines and (deadlines[0][2].over or deadlines[0][0] <= now_ns):
-            job = heapq.heappop(deadlines)[2]
-            # What the backend reads into guest memory may still come.
-            if not job.over and not job.direct:
+            _, number, job = heapq.heappop(deadlines)
+            if job.direct and not job.over:
+                # What is being read into guest memory may still come.
+                heapq.heappush(deadlines, (now_ns + READ_PAUSE_FIRST_NS, number, job))
+            elif not job.over:
                 job.over = True
                 self.read_timeouts += 1
                 self._notice_error("read", -ETIMEDOUT)

@@ -912,7 +912,7 @@ class LogVolume(GuestRequests):
         assert whole or not address
         read = DirectRead(self, job)
         job.parts += 1
-        job.direct = True
+        job.direct += 1
         self._direct[read] = None
         if address:
             self._log_read_begins(address, end - first)

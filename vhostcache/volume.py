@@ -514,7 +514,7 @@ class Volume(GuestRequests):
         payload, size, skip = self._part_bytes(sector, sectors, first, end)
         read = DirectRead(self, job)
         job.parts += 1
-        job.direct = True
+        job.direct += 1
         self._direct[read] = None
         self._io.read_direct(self._io.begin(read), job.tag, payload, first * op.BLOCK_BYTES + skip, size)
 

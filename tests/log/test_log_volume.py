@@ -195,6 +195,23 @@ def test_what_only_we_know_to_be_durable_is_destaged_when_the_superblocks_or_the
     assert bench.volume.statistics()["blocks_destaged"] == 3
 
 
+def test_a_read_that_the_log_and_a_dead_backend_share_waits_no_longer_than_it_may() -> None:
+    bench = Bench(backend_timeout_ns=SECOND)
+    bench.write(0, 32)
+    bench.flush()
+    bench.evict()
+    tag = bench.ask(op.REQUEST_READ, 0, 64)
+    assert [code for code, _ in bench.io] == [op.LOG_READ_DIRECT, op.READ]
+    bench.now_ns += 2 * SECOND
+    bench.turn()
+    assert tag not in bench.answers, "the log's part may still come"
+    bench.end(op.LOG_READ_DIRECT)
+    assert bench.deadline_ns <= bench.now_ns + SECOND // 10
+    bench.now_ns = bench.deadline_ns
+    bench.turn()
+    assert bench.answers[tag] == op.STATUS_IOERR
+
+
 def test_what_is_overwritten_again_and_again_takes_no_more_memory() -> None:
     bench = Bench(slots=1024)
     for _ in range(40):

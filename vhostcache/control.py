@@ -68,7 +68,10 @@ class ControlChannel:
 
     def start(self, now_ns: int) -> None:
         self._reap()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        except OSError as error:
+            raise ControlError("control server", f"cannot be started: {why(error)}") from error
         with theirs:
             ours.setblocking(False)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _ANSWER_BYTES)

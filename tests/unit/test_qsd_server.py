@@ -2,12 +2,14 @@
 
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,55 @@ def test_one_that_cannot_come_back_is_tried_ever_more_slowly(
     assert loop.until("qsd-failed").fields["again_in_s"] > first.fields["again_in_s"]
     (tmp_path / "away").rename(tmp_path / "a.qcow2")
     loop.until("qsd-restarted")
+
+
+def test_without_descriptors_it_is_tried_again_later(make: Callable[..., QsdServer], qcow2: dict[str, Any]) -> None:
+    server = make(qcow2)
+    server.start()
+    loop, limits = Supervised(server), resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        os.kill(server.pid, signal.SIGKILL)
+        assert "too many files are open" in loop.until("qsd-failed").fields["error"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    loop.until("qsd-restarted")
+
+
+def test_a_daemon_with_many_descriptors_starts_and_ends_it(
+    make: Callable[..., QsdServer], qcow2: dict[str, Any]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 2048), limits[1]))
+    many: list[int] = []
+    try:
+        while not many or many[-1] < 1024:
+            many.append(os.dup(0))
+        server = make(qcow2)
+        server.start()
+        assert server.stop()
+        server.close()
+    finally:
+        for descriptor in many:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_one_whose_exports_do_not_come_back_after_a_resize_is_replaced(
+    make: Callable[..., QsdServer], tmp_path: Path
+) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "refcount_bits=1", tmp_path / "a.qcow2", "64M")
+    qcow2 = {"driver": "qcow2", "file": {"driver": "file", "filename": "a.qcow2"}}
+    server = make({"driver": "compress", "file": qcow2})
+    server.start()
+    loop = Supervised(server)
+    with ThreadPoolExecutor(1) as threads:
+        growth = threads.submit(server.resize, 64 * MIB + 512)  # QEMU exports only whole clusters then
+        loop.until("qsd-died")
+        with pytest.raises(ImageError, match="not a multiple of request alignment"):
+            growth.result(WAIT_S)
 
 
 def test_what_it_says_is_told_line_by_line(make: Callable[..., QsdServer], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from vhostcache.backend.mark import Mark
 from vhostcache.backend.nbd import Connection, connect
 from vhostcache.backend.qsd_server import LOCK_WAIT_S, QsdServer
 from vhostcache.config_backend import NbdBackendConfig, QsdBackendConfig
-from vhostcache.errors import ImageError
+from vhostcache.errors import ImageError, why
 
 CONNECTIONS: Final = 4  # QEMU's server takes 16 requests of each at once
 SETTLE_S: Final = 5.0  # it has flushed: a kill loses nothing, and the loop waits
@@ -127,7 +127,16 @@ class QsdBackend(Backend):
         server = self._server
         if server is None or not server.ready:
             raise ImageError(self.identity, "is away", hint="try it again when it is back")
+        # QEMU would resize it, and then not export it any more.
+        align_bytes = max(self.facts.align_io_bytes, self.facts.preferred_bytes if self._config.compresses else 1)
+        if size_bytes % align_bytes:
+            raise ImageError(self.identity, f"cannot have {size_bytes} bytes", f"a multiple of {align_bytes}")
         server.resize(size_bytes)
+        if self._descriptor >= 0:
+            try:
+                os.fsync(self._descriptor)  # QEMU does not
+            except OSError as error:
+                raise ImageError(self.identity, f"has a new size that cannot be made durable: {why(error)}") from error
         self.facts = dataclasses.replace(self.facts, size_bytes=size_bytes)
 
     def happened(self, what: int, message: str, now_ns: int) -> Notice | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import queue
 import select
@@ -159,7 +160,7 @@ class QsdServer:
                 return f"nothing for {time_limit_s:.0f} s, while it opens the image"
             assert self._qmp is not None
             descriptors = [self._qmp.fileno(), *([self._stderr] if self._stderr >= 0 else [])]
-            select.select(descriptors, [], [], left_s)
+            _wait_readable(descriptors, left_s)
             self._hear()
             if self._read_qmp() and not self.ready and not self._error:
                 self._error = self._last_words()
@@ -183,8 +184,7 @@ class QsdServer:
         self.ready = False
         self._started_ns = now_ns
         self.wake_at_ns = now_ns + int(START_S * 1e9)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        heard, said = os.pipe2(os.O_CLOEXEC)
+        ours, theirs, heard, said = self._make_channels()
         # -I -S: nothing from the environment or site-packages is imported. subprocess starts it by vfork, never by
         # fork.
         command = [
@@ -214,6 +214,19 @@ class QsdServer:
         if self._watch is not None:
             self._watch(ours.fileno())
             self._watch(heard)
+
+    def _make_channels(self) -> tuple[socket.socket, socket.socket, int, int]:
+        """For QMP, ours and its; and its standard error, to be read and to be written."""
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            try:
+                return ours, theirs, *os.pipe2(os.O_CLOEXEC)
+            except OSError:
+                ours.close()
+                theirs.close()
+                raise
+        except OSError as error:
+            raise ImageError(self._subject, f"qemu-storage-daemon cannot be started: {why(error)}") from error
 
     def _ask(self) -> None:
         """Everything at once: answers come in order, and after an error this one is given up."""
@@ -323,9 +336,10 @@ class QsdServer:
 
     def resize(self, size_bytes: int) -> None:
         """QEMU changes the size of nothing that is exported, so the exports go for a moment, as in an outage. Waits.
-        ImageError: in QEMU's words; it serves on as it was."""
+        ImageError: in QEMU's words; it serves on as it was, or its successor does."""
         node = self._blockdev()
         exports = self._exports(node)
+        is_exported = False
         self._answers = queue.SimpleQueue()
         try:
             for export in exports:
@@ -338,8 +352,11 @@ class QsdServer:
                 for export in exports:
                     self._command("block-export-add", export)
                     self._expect(lambda answer: "return" in answer)
+                is_exported = True
         finally:
             self._answers = None
+            if not is_exported and (process := self._process) is not None:
+                process.kill()  # the next one begins with its exports
 
     def _command(self, command: str, given: dict[str, Any]) -> None:
         line = json.dumps({"execute": command, "arguments": given}) + "\n"
@@ -444,7 +461,7 @@ class QsdServer:
                 self._end()
                 return False
             if self._stderr >= 0:
-                select.select([self._stderr], [], [], 0.02)
+                _wait_readable([self._stderr], 0.02)
                 self._hear()  # or it would wait for room in the pipe
             else:
                 time.sleep(0.005)
@@ -477,6 +494,14 @@ class QsdServer:
         if self._stderr >= 0:
             os.close(self._stderr)
             self._stderr = -1
+
+
+def _wait_readable(descriptors: list[int], time_limit_s: float) -> None:
+    """Not by select, which knows no descriptors above 1023."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    poll.poll(math.ceil(time_limit_s * 1000))
 
 
 def _is_locked(error: str) -> bool:

@@ -39,6 +39,7 @@ from vhostcache.errors import (
     ImageError,
     ResizeError,
     UsageError,
+    why,
     why_number,
 )
 from vhostcache.events import EventLog
@@ -847,12 +848,12 @@ class Daemon:
         with contextlib.ExitStack() as stack:
             backend = self._open_backend(served.config, stack, waits=False)
             size_bytes, told_bytes = backend.facts.size_bytes, served.volume.size_bytes
+            top = stack_backend(served.config, backend, self._engine)
+            stack.callback(top.close)
             if size_bytes < told_bytes:
                 raise ImageError(
                     backend.identity, f"is {size_bytes} bytes large", f"{told_bytes}, as the front-end has been told"
                 )
-            top = stack_backend(served.config, backend, self._engine)
-            stack.callback(top.close)
             claim = self._claim(served.config, backend, stack, waits=False)
             new = self._add(served.config, backend, served.listener, claim, index, top)
             stack.pop_all()
@@ -1048,6 +1049,8 @@ class _Storage:
             self._daemon._take_storage(self._index)
         except Error as error:
             return str(error)
+        except OSError as error:  # no more descriptors, for one; the other volumes are not to hear of it
+            return f"the storage cannot be opened: {why(error)}"
         return ""
 
     def stopped(self) -> None:

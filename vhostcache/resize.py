@@ -39,8 +39,8 @@ class Growth:
 
     def __init__(self, backend: Backend, size_bytes: int, wake: Callable[[], None]) -> None:
         self.size_bytes = size_bytes
-        self.error = ""
-        """Why it has not grown, when it has ended."""
+        self.error = "its backend has not grown, for a reason that this program does not know"
+        """Why it has not grown, when it has ended; "": it has."""
         self.ended = False
         self._backend = backend
         self._wake = wake
@@ -50,6 +50,7 @@ class Growth:
     def _run(self) -> None:
         try:
             self._backend.resize(self.size_bytes)
+            self.error = ""
         except Error as error:
             self.error = str(error)
         finally:

@@ -1,11 +1,14 @@
 """What nbd and qsd backends are to the daemon: facts, identity, marks, and what becomes of a connection. The NBD client
 is the engine's; here is one that only takes notes."""
 
+import errno
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +17,14 @@ from vhostcache.assembly import image_of
 from vhostcache.backend.base import Facts
 from vhostcache.backend.mark import NAME, Mark
 from vhostcache.backend.nbd import Connection, NbdBackend
+from vhostcache.backend.opening import open_backend, stack_backend
 from vhostcache.backend.qsd import QsdBackend
+from vhostcache.config import VolumeConfig
 from vhostcache.config_backend import NbdBackendConfig, QsdBackendConfig
-from vhostcache.errors import EngineError, ImageError
+from vhostcache.daemon import Daemon, _Storage
+from vhostcache.errors import EngineError, ImageError, UsageError
+from vhostcache.handover import Away
+from vhostcache.resize import Growth
 
 MIB = 1 << 20
 CONNECTED, LOST, REFUSED = 1, 2, 3
@@ -57,7 +65,7 @@ class Opener:
         raise NotImplementedError
 
     def wrap_backend(self, below: Any, kind: str, parameters: str) -> Any:
-        raise NotImplementedError
+        raise EngineError("backend", "no such file")
 
 
 def nbd(opener: Opener, read_only: bool = False, **keys: Any) -> NbdBackend:
@@ -141,6 +149,49 @@ def test_what_becomes_of_a_connection_is_told_once() -> None:
     assert connection.status(12 * SECOND_NS) == {"state": "connected", "reconnects": 1}
 
 
+def disk(**keys: Any) -> VolumeConfig:
+    backend = {"type": "nbd", "uri": "nbd://host/disk", **keys}
+    return VolumeConfig.model_validate({"name": "a", "socket": "/run/a.sock", "backend": backend})
+
+
+def test_the_engine_lets_go_of_an_export_whose_wrapper_is_refused() -> None:
+    opener, config = Opener(), disk(wrap=[{"trace": {"file": "/none/a"}}])
+    backend = open_backend(config, opener)
+    with pytest.raises(UsageError, match=r"volume 'a', backend.wrap\[0\].trace: no such file"):
+        stack_backend(config, backend, opener)
+    assert opener.opened[0].closed
+
+
+def test_the_engine_lets_go_of_an_export_that_has_become_too_small_for_a_guest_that_arrives() -> None:
+    opener = Opener()
+    daemon: Any = object.__new__(Daemon)
+    daemon._engine = opener
+    daemon._served = [SimpleNamespace(config=disk(), volume=Away(65 * MIB))]
+    assert _Storage(daemon, 0).take().startswith("export 'nbd://host/disk': is 67108864 bytes large")
+    assert opener.opened[0].closed
+
+
+def test_what_the_host_refuses_when_a_guest_arrives_stops_no_other_volume() -> None:
+    class Broke(Opener):
+        def nbd_backend(self, uri: str, **options: Any) -> Any:
+            raise OSError(errno.EMFILE, "")
+
+    daemon: Any = object.__new__(Daemon)
+    daemon._engine = Broke()
+    daemon._served = [SimpleNamespace(config=disk(), volume=Away(MIB))]
+    assert _Storage(daemon, 0).take() == "the storage cannot be opened: too many files are open in this process"
+
+
+def test_a_backend_that_breaks_down_while_it_grows_has_not_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = nbd(Opener())
+    monkeypatch.setattr(backend, "resize", lambda size_bytes: 1 // 0)
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    growth = Growth(backend, 128 * MIB, lambda: None)
+    growth.join()
+    assert growth.ended
+    assert growth.error
+
+
 # qemu-storage-daemon.
 
 
@@ -194,6 +245,20 @@ def test_compressed_clusters_are_wanted_whole(qsd: Callable[..., QsdBackend]) ->
     assert compressed.facts.wants_whole_objects
     assert compressed.facts.preferred_bytes == 65536
     assert compressed.status(0)["pid"] > 0
+
+
+def test_a_size_with_which_qemu_would_not_export_it_any_more_is_refused(
+    qsd: Callable[..., QsdBackend], image: Path
+) -> None:
+    opener = Opener()
+    backend = qsd(opener, compress=True)
+    with pytest.raises(ImageError, match=r"cannot have 67112960 bytes; expected a multiple of 65536"):
+        backend.resize(64 * MIB + 4096)
+    write(opener)
+    backend.close()
+    opener.facts = replace(opener.facts, align_io_bytes=4096)
+    with pytest.raises(ImageError, match=r"cannot have 67109376 bytes; expected a multiple of 4096"):
+        qsd(opener).resize(64 * MIB + 512)
 
 
 def test_objects_smaller_than_a_compressed_cluster_are_refused(qsd: Callable[..., QsdBackend], image: Path) -> None:

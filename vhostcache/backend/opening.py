@@ -27,12 +27,14 @@ def open_backend(
 
 
 def stack_backend(volume: VolumeConfig, backend: Backend, opener: Opener) -> Opened:
-    """What the engine serves the volume from: the backend, and what is wrapped around it, the outermost last."""
+    """What the engine serves the volume from: the backend, and what is wrapped around it, the outermost last.
+    UsageError: the engine has let go of it."""
     top = backend.attach(opener)
     for number, wrap in enumerate(volume.backend.wrap):
         try:
             top = opener.wrap_backend(top, wrap.kind, wrap.wrapper.parameters())
         except EngineError as error:
+            top.close()
             where = f"volume '{volume.name}', backend.wrap[{number}].{wrap.kind}"
             raise UsageError(where, error.found, error.expected, error.hint) from error
     return top

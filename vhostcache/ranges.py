@@ -17,6 +17,8 @@ from vhostcache.map import CLEAN, DIRTY, Map
 
 AGAIN: Final = -1
 """In place of a tag: zeroes that the daemon itself repeats."""
+DROPPED: Final = -2
+"""In place of a tag: zeroes under way that nobody waits for any more."""
 
 
 class Range:
@@ -96,6 +98,20 @@ class Ranges:
                 else:
                     self._io.write_direct(group, active.tag, offset, active.request[3] * op.SECTOR_BYTES)
 
+    def drop(self) -> list[int]:
+        """The front-end wants its requests back: the tags of those that need not be waited for. Zeroes that the backend
+        is working at stay active, so that what is asked for again comes after them; a write is in guest memory."""
+        dropped = []
+        for active in self.active.copy():
+            if active.tag < 0 or (active.issued and active.request is not None):
+                continue
+            dropped.append(active.tag)
+            active.tag = DROPPED
+            if not active.issued:
+                self.active.remove(active)
+                self._destager.unlock(active.objects)
+        return dropped
+
     def ended(self, active: Range, result: int) -> None:
         """The backend has answered."""
         destager = self._destager
@@ -112,6 +128,8 @@ class Ranges:
         else:
             self._distrust(active)
         destager.unlock(active.objects)
+        if active.tag == DROPPED:
+            return
         if active.tag != AGAIN:
             self._done(active, result)
             return

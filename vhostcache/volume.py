@@ -221,7 +221,7 @@ class Volume(GuestRequests):
         self._destager.commit(tag)
 
     def _drop_commits(self) -> list[int]:
-        return self._destager.drop_waiters()
+        return self._destager.drop_waiters() + self._ranges.drop()
 
     # --- one request ---
 
@@ -324,10 +324,11 @@ class Volume(GuestRequests):
 
     def _goes_past_ram(self, request: Parked) -> bool:
         """A large write of whole blocks goes to the backend directly while RAM is half full of dirty data: a burst is
-        absorbed, a stream is not copied."""
+        absorbed, a stream is not copied. A remote backend gets a copy anyway, and could keep a queue from stopping."""
         _, _, sector, sectors, payload = request
         dirty = self._map.dirty_blocks + self._destager.blocks_in_flight
-        return dirty >= self._direct_blocks and not payload and not (sector | sectors) % op.BLOCK_SECTORS
+        past = dirty >= self._direct_blocks and not self._can_abandon
+        return past and not payload and not (sector | sectors) % op.BLOCK_SECTORS
 
     def _next_piece(self, sector: int, sectors: int) -> int:
         """Sectors to write at once: the part of a block at either end alone, so that it needs one block read at most;

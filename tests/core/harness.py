@@ -89,6 +89,7 @@ class Harness:
         direct_blocks: int = 32,
         timeout_ns: int = 0,
         readahead_blocks: int = 0,
+        can_abandon: bool = False,
     ) -> None:
         self.size_sectors = size_sectors
         self.operations: list[int] = []
@@ -104,6 +105,7 @@ class Harness:
                 direct_bytes=direct_blocks * BLOCK,
                 backend_timeout_ns=timeout_ns,
                 readahead_bytes=readahead_blocks * BLOCK,
+                can_abandon=can_abandon,
             ),
             self.operations,
             groups=groups + 64,

@@ -579,6 +579,50 @@ def test_a_large_write_goes_past_ram_only_while_ram_is_filling() -> None:
     harness.settle()
 
 
+def test_a_large_write_to_a_backend_that_may_be_away_for_long_never_goes_past_ram() -> None:
+    harness = Harness(size_sectors=8 * 96, slots=3 + 60, direct_blocks=4, can_abandon=True)
+    fill_half(harness)
+    tag = write(harness, 0, 8)
+    assert tag not in harness.live
+    assert op.WRITE_DIRECT not in kinds(harness)
+
+
+def test_a_queue_stops_although_the_backend_does_not_end_a_discard() -> None:
+    harness = Harness()
+    discard = harness.submit(op.REQUEST_DISCARD, 0, 64)
+    harness.turn()
+    assert kinds(harness) == [op.ZERO]
+    harness.volume.quiesce(may_drop=True)
+    harness.turn()
+    assert [request.kind for request in harness.dropped] == [op.REQUEST_DISCARD]
+    assert discard not in harness.live
+    assert harness.reconnect() == 1
+    later = write(harness, 3)
+    assert kinds(harness) == [op.ZERO], "what was asked for again comes after what is under way"
+    assert later in harness.live
+    harness.settle()
+
+
+def test_a_queue_stops_although_a_destage_keeps_changes_of_its_object_from_beginning() -> None:
+    harness = Harness(size_sectors=8 * 96, slots=3 + 60, direct_blocks=4)
+    write(harness, 0)
+    harness.submit(op.REQUEST_FLUSH)
+    harness.turn()
+    fill_half(harness)
+    harness.submit(op.REQUEST_WRITE, 0, 32)
+    harness.submit(op.REQUEST_ZERO, 32, 32)
+    harness.turn()
+    harness.volume.quiesce(may_drop=True)
+    harness.turn()
+    assert not harness.live
+    while harness.io:
+        assert not {op.ZERO, op.WRITE_DIRECT} & set(kinds(harness)), "what was dropped does not begin later"
+        harness.end_io(0)
+        harness.turn()
+    assert harness.reconnect() == 3
+    harness.settle()
+
+
 def test_a_large_write_that_the_backend_refuses_is_taken_into_ram_and_tried_again_from_there() -> None:
     harness = Harness(size_sectors=8 * 96, slots=3 + 60, direct_blocks=4)
     fill_half(harness)

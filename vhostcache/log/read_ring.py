@@ -236,8 +236,8 @@ class ReadRing:
 
 def save(disk: Disk, closed: Superblock, eviction: Eviction, crcs: bytes) -> None:
     """After an end in good order, which `closed` says. `crcs`: u32 of each position, from the first on. A crash leaves
-    an index that nobody believes, or this one."""
-    if not closed.clean or positions_of(closed.read_blocks) != eviction.positions:
+    an index that nobody believes, or this one. After a hand-over nobody would: QEMU need not wait for it."""
+    if not closed.clean or closed.cold or positions_of(closed.read_blocks) != eviction.positions:
         return
     positions = eviction.positions
     assert len(crcs) == 4 * positions

@@ -79,9 +79,15 @@ class Trouble:
         own = self._failing.get(who)
         return own.at_ns if own is not None else 0
 
-    def waits(self, who: int, now_ns: int) -> bool:
-        """Whether this one is not to be tried yet."""
-        return now_ns < self.own_ns(who)
+    @property
+    def failing(self) -> int:
+        """How many have failed and not succeeded since."""
+        return len(self._failing)
+
+    def waits(self, who: int, now_ns: int, others_first: bool = False) -> bool:
+        """Whether this one is not to be tried yet. `others_first`: nor if it has failed at all."""
+        own = self._failing.get(who)
+        return own is not None and (others_first or now_ns < own.at_ns)
 
     def failed(self, who: int, operation: str, result: int, now_ns: int, everybody: bool = False) -> None:
         """`result` is a negative errno. `everybody`: nobody can go on."""

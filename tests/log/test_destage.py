@@ -269,6 +269,23 @@ def test_an_object_that_always_fails_does_not_hold_up_the_others() -> None:
     assert bench.volume.statistics()["dirty_objects"] <= 2
 
 
+@pytest.mark.parametrize("failing", [2, 12])
+def test_objects_that_always_fail_do_not_hold_up_the_others_when_all_is_to_be_destaged(failing: int) -> None:
+    bench = Backend()
+    for number in range(60):
+        bench.write(OBJECT * number)
+    bench.flush()
+    bench.volume.drain()
+    for _ in range(300):
+        bench.now_ns += SECOND // 5
+        bench.turn()
+        while bench.io:
+            code, group = bench.io[0]
+            destage = bench.volume._io._owners[group]
+            bench.end(code, -EIO if code == op.WRITE and destage.number < failing else 0)
+    assert bench.volume.statistics()["dirty_objects"] == failing
+
+
 def test_an_interval_is_on_the_backend_before_the_next_begins() -> None:
     bench = Backend(ordered=True)
     bench.write(1)

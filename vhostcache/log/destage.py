@@ -124,6 +124,8 @@ class LogDestager:
         self.stopped = False
         """Nothing new is started."""
         self.trouble = Trouble(notices)
+        self._others_first = False
+        """Of the objects, only those that have not failed are looked at."""
         self._chooser = Chooser(index, self._is_waiting, writer.durable_address)
         self._speed = Speed()
         preferred = settings.preferred_blocks
@@ -287,13 +289,20 @@ class LogDestager:
         most = 1 if self.trouble.probing else self._modulator.objects(self._depth.limit)
         waiting = len(self.in_flight) + len(self._held) + len(self._written) + len(self._flushed)
         waiting += len(self._flushing.destages) if self._flushing else 0
+        waiting += self.trouble.failing
         if self._is_pressed():
             if len(self.in_flight) >= most:
                 return self._modulator.deadline_ns() if most < self._depth.limit and self._modulator.busy else op.NEVER
             room = not (self.draining or self._writer.space_wanted) and (
                 self._used < self._writer.ring_blocks * RAMP_BEGIN
             )
+            # After a failure it is the turn of those that have not failed: one success, and all may go on.
+            self._others_first = self.trouble.probing
             number = self._chooser.pressed(settings.destage_after_ns, settings.whole_objects, waiting, room)
+            if self._others_first:
+                self._others_first = False
+                if number == NOBODY:
+                    number = self._chooser.pressed(settings.destage_after_ns, settings.whole_objects, waiting, room)
             if number == NOBODY:
                 self._ask_for_vouching()
                 return op.NEVER if self.in_flight else now_ns + RETRY_FIRST_NS
@@ -391,7 +400,7 @@ class LogDestager:
         if self.ordered is None and self._index.dirty.get(number, 0) >= self._writer.vouched_address:
             self._unvouched = True
             return True
-        if self.trouble and self.trouble.waits(number, self.now_ns):
+        if self.trouble and self.trouble.waits(number, self.now_ns, self._others_first):
             return True
         ending = self._written + self._flushed + (self._flushing.destages if self._flushing else [])
         return any(number == destage.number for destage in ending)

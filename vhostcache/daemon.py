@@ -82,6 +82,7 @@ _ABANDONED: Final = (
 )
 CACHE_FAILS_NS: Final = 5 * SECOND_NS  # so long an end waits for a cache device that answers with errors,
 CACHE_SILENT_NS: Final = 60 * SECOND_NS  # and so long for one that does not answer
+TAKE_REST: Final = 4  # times as long as an attempt to take a storage has taken, before the next one
 _ENGINE_END_S: Final = 15.0  # then I/O of an abandoned device is not waited for any more
 _WAKE_UP: Final = 0  # in place of a signal's number: another thread has something for the loop
 _WATCH_SIGNALS: Final = 0  # the control server's numbers count up from 1, one for each start
@@ -1001,6 +1002,8 @@ class _Storage:
     def __init__(self, daemon: Daemon, index: int) -> None:
         self._daemon = daemon
         self._index = index
+        self._reason = ""
+        self._again_at_ns = 0
 
     @property
     def can_be_locked(self) -> bool:
@@ -1045,13 +1048,21 @@ class _Storage:
         self._daemon._let_go(self._index)
 
     def take(self) -> str:
+        began_ns = time.monotonic_ns()
+        if began_ns < self._again_at_ns:
+            return self._reason
         try:
             self._daemon._take_storage(self._index)
         except Error as error:
-            return str(error)
+            self._reason = str(error)
         except OSError as error:  # no more descriptors, for one; the other volumes are not to hear of it
-            return f"the storage cannot be opened: {why(error)}"
-        return ""
+            self._reason = f"the storage cannot be opened: {why(error)}"
+        else:
+            return ""
+        # The other volumes wait for each attempt: a server that does not answer is not to have them wait all the time.
+        now_ns = time.monotonic_ns()
+        self._again_at_ns = now_ns + TAKE_REST * (now_ns - began_ns)
+        return self._reason
 
     def stopped(self) -> None:
         self._daemon._engine.volume_stopped(self._index)

@@ -2,9 +2,11 @@
 is the engine's; here is one that only takes notes."""
 
 import errno
+import itertools
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -180,6 +182,21 @@ def test_what_the_host_refuses_when_a_guest_arrives_stops_no_other_volume() -> N
     daemon._engine = Broke()
     daemon._served = [SimpleNamespace(config=disk(), volume=Away(MIB))]
     assert _Storage(daemon, 0).take() == "the storage cannot be opened: too many files are open in this process"
+
+
+def test_after_an_attempt_that_took_long_the_other_volumes_have_the_loop_for_longer() -> None:
+    attempts: list[float] = []
+
+    def take(index: int) -> None:
+        attempts.append(time.monotonic())
+        time.sleep(0.05)
+        raise ImageError("image", "is slow")
+
+    storage = _Storage(SimpleNamespace(_take_storage=take), 0)  # type: ignore[arg-type]
+    while len(attempts) < 3:
+        assert storage.take() == "image: is slow"
+        time.sleep(0.001)
+    assert all(later - earlier >= 0.25 for earlier, later in itertools.pairwise(attempts))
 
 
 def test_a_backend_that_breaks_down_while_it_grows_has_not_grown(monkeypatch: pytest.MonkeyPatch) -> None:

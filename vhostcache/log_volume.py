@@ -290,7 +290,7 @@ class LogVolume(GuestRequests):
             deadline_ns = min(deadline_ns, self._ahead.expire(now_ns))
         if self._draining or self._closing:
             self._advance_end()
-        if self._index.lost:
+        if self._index.lost and not self._checkpointer.closing:
             self._losses.schedule()
         if self._swept != self._checkpointer.count:
             if self._index.sweep():

@@ -212,6 +212,24 @@ def test_a_read_that_the_log_and_a_dead_backend_share_waits_no_longer_than_it_ma
     assert bench.answers[tag] == op.STATUS_IOERR
 
 
+def test_nothing_is_appended_to_a_log_that_is_being_closed() -> None:
+    bench = Bench(slots=2048, ring_blocks=4096)
+    bench.write(0)
+    bench.flush()
+    early = bench.volume._writer.durable_address - 1
+    for block in range(0, 1500, 50):
+        bench.write(block, 50)
+    bench.flush()
+    bench.volume._index.lose(3000, 3100, early)  # so long ago that it is to be said again
+    bench.seen.clear()
+    bench.volume.close(lambda: 0)
+    bench.turn()
+    bench.settle()
+    assert bench.volume.closed
+    assert op.LOG_WRITE not in bench.seen
+    assert bench.volume._checkpointer.superblock.clean_address <= early
+
+
 def test_what_is_overwritten_again_and_again_takes_no_more_memory() -> None:
     bench = Bench(slots=1024)
     for _ in range(40):

@@ -10,7 +10,9 @@ import pytest
 from tests.log.test_log_volume import SECOND, Bench
 from vhostcache import operations as op
 from vhostcache.backoff import HELD_NS, Backoff, Trouble
+from vhostcache.log import format as fmt
 from vhostcache.log.depth import ASSUMED_BLOCKS_PER_S, QUIET_NS, SAMPLES, Modulator, ObjectsInFlight, Speed
+from vhostcache.log.ordered import GATHERED_BLOCKS, STEP_BLOCKS, OrderedQueue
 from vhostcache.log.sources import REMOTE_NS
 
 EIO = 5
@@ -301,6 +303,21 @@ def test_an_interval_is_on_the_backend_before_the_next_begins() -> None:
     what = [code for code in bench.seen if code in (op.WRITE, op.FLUSH, op.SUPERBLOCK)]
     end_of_step = [op.FLUSH, op.SUPERBLOCK, op.SUPERBLOCK]
     assert what == [op.WRITE, op.WRITE, *end_of_step, op.WRITE, *end_of_step]
+
+
+def test_a_step_of_discards_is_no_larger_than_one_of_writes() -> None:
+    shift, count = 10, 1000
+    queue = OrderedQueue(shift, 0)
+    for number in range(200):
+        queue.add(number, number + 1, number + 1, [fmt.extent(number << shift, count, fmt.DISCARD)], [], 0)
+    queue.begin()
+    turns = 1
+    while not queue.gather(200):
+        turns += 1
+    assert sum(len(queue.values(number)) for number in queue.pending) <= STEP_BLOCKS + count
+    assert turns >= STEP_BLOCKS // GATHERED_BLOCKS // 2
+    queue.finish()
+    assert not queue.empty
 
 
 def test_an_interval_longer_than_the_log_is_cut_and_does_not_stop_the_guest() -> None:

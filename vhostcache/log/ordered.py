@@ -150,13 +150,14 @@ class OrderedQueue:
             if looked >= GATHERED_BLOCKS:
                 return False
             record = self._records.popleft()
-            self._apply(record)
+            looked += self._apply(record) + 16
             self._end = record.end
-            looked += len(record.blocks) + 16
         return True
 
-    def _apply(self, record: OrderedRecord) -> None:
+    def _apply(self, record: OrderedRecord) -> int:
+        """Returns how many blocks are to be remembered for it; an object of zeroes counts as one."""
         step, shift = self._step, self._shift
+        before = self._blocks
         value = record.address << 1 | ZERO
         for word in record.zeroes:
             block, count, _ = fmt.split_extent(word)
@@ -167,9 +168,10 @@ class OrderedQueue:
                 if stop - start == self._mask + 1:
                     entry.values = {}
                     entry.zero = value
+                    self._blocks += 1
                 else:
                     entry.values.update(dict.fromkeys(range(start, stop), value))
-                self._blocks += 1
+                    self._blocks += stop - start
         value = record.first << 1
         for at in record.blocks:
             number = at >> shift
@@ -177,6 +179,7 @@ class OrderedQueue:
             (found if found is not None else self._entry(number)).values[at] = value
             value += 2
         self._blocks += len(record.blocks)
+        return self._blocks - before
 
     def _entry(self, number: int) -> StepObject:
         entry = self._step.get(number)

@@ -15,6 +15,8 @@ from vhostcache.map import CLEAN, FILLING, Map
 from vhostcache.readcache import ReadCache
 
 NOBODY: Final = -1
+GONE: Final = -4096
+"""In place of an errno: it was to be read from the cache file, and has to be read otherwise."""
 
 
 def _as_it_is(address: int, first: int, count: int, result: int) -> int:
@@ -220,12 +222,14 @@ class Fills:
                 job.parts = 1
                 self._part_done(job, result, True)
         on_backend = not fill.address
+        # What has rotted in the log may be a block that only others have asked for: those with less ask again.
+        less = GONE if result < 0 and fill.address and len(fill.slots) > 1 else result
         for job, payload, offset, size in fill.readers:
+            first, skip = divmod(offset, op.BLOCK_BYTES)
+            slots = fill.slots[first : (offset + size + op.BLOCK_BYTES - 1) // op.BLOCK_BYTES]
             if result == 0 and not job.over:
-                first, skip = divmod(offset, op.BLOCK_BYTES)
-                slots = fill.slots[first : (offset + size + op.BLOCK_BYTES - 1) // op.BLOCK_BYTES]
                 self._io.operations += (op.OUT | job.tag << 8 | len(slots) << 32, payload | size << 32, skip)
                 self._io.operations += slots
-            self._part_done(job, result, on_backend)
+            self._part_done(job, less if len(slots) < len(fill.slots) else result, on_backend)
         for request in fill.retries:
-            self._retry(request, result, on_backend)
+            self._retry(request, less, on_backend)

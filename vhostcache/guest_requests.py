@@ -14,7 +14,7 @@ from typing import Final
 
 from vhostcache import operations as op
 from vhostcache.backend_io import BackendIo
-from vhostcache.fill import NOBODY, Fill, Fills, ReadJob
+from vhostcache.fill import GONE, NOBODY, Fill, Fills, ReadJob
 from vhostcache.map import Map
 from vhostcache.readahead import Readahead
 from vhostcache.readcache import HITS_MAX, ReadCache
@@ -33,8 +33,6 @@ AHEAD_GROUPS: Final = 16
 DEFINITE: Final = frozenset((-14, -22, -ENODATA, -74, -95))
 """A read that fails so does not succeed later: bad address, invalid, no data (the image has shrunk), a wrong checksum,
 not supported."""
-GONE: Final = -4096
-"""In place of an errno: it was to be read from the read cache, and has to come from elsewhere."""
 READ_PAUSE_FIRST_NS: Final = 100_000_000
 READ_PAUSE_MAX_NS: Final = 5_000_000_000
 INTERNAL: Final = -1

@@ -21,9 +21,8 @@ from typing import Final
 
 from vhostcache import operations as op
 from vhostcache.eviction import Eviction
-from vhostcache.fill import NOBODY, Fill, ReadJob
+from vhostcache.fill import GONE, NOBODY, Fill, ReadJob
 from vhostcache.guest_requests import (
-    GONE,
     STREAM_REQUEST_SECTORS,
     DirectRead,
     GuestRequests,

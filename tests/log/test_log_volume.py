@@ -212,6 +212,22 @@ def test_a_read_that_the_log_and_a_dead_backend_share_waits_no_longer_than_it_ma
     assert bench.answers[tag] == op.STATUS_IOERR
 
 
+def test_what_has_rotted_fails_only_those_who_have_asked_for_it() -> None:
+    bench = Bench()
+    bench.write(0, 8)
+    bench.flush()
+    bench.evict()
+    both = bench.ask(op.REQUEST_READ, 0, 8)
+    whole = bench.ask(op.REQUEST_READ, 7, 1)
+    part = bench.ask(op.REQUEST_WRITE, 6, sectors=1)
+    assert [code for code, _ in bench.io] == [op.LOG_READ]
+    bench.end(op.LOG_READ, -EBADMSG)
+    assert bench.answers == {1: op.STATUS_OK, 2: op.STATUS_OK, both: op.STATUS_IOERR}
+    bench.end(op.LOG_READ)
+    bench.end(op.LOG_READ, -EBADMSG)
+    assert (bench.answers[whole], bench.answers[part]) == (op.STATUS_OK, op.STATUS_IOERR)
+
+
 def test_nothing_is_appended_to_a_log_that_is_being_closed() -> None:
     bench = Bench(slots=2048, ring_blocks=4096)
     bench.write(0)

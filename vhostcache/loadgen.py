@@ -374,11 +374,16 @@ class Job:
         error = lib.lg_start(self._job, phase)
         if error:
             raise LoadError(f"threads: {os.strerror(-error)}")
-        while self._wait():
-            if self.frontend.hung_up():
-                # Let threads that have met an error of their own say so first.
-                lib.lg_stop(self._job, b"the server closed the connection")
-            watch(lib.lg_progress(self._job))
+        running = True
+        while running:
+            try:
+                running = bool(lib.lg_wait(self._job, min(WAIT_SLICE_MS, self.load.log_avg_msec or WAIT_SLICE_MS)))
+                if running and self.frontend.hung_up():
+                    # Let threads that have met an error of their own say so first.
+                    lib.lg_stop(self._job, b"the server closed the connection")
+                watch(lib.lg_progress(self._job))
+            except KeyboardInterrupt:  # wherever it came: who leaves here waits for the threads all the same
+                lib.lg_stop(self._job, ffi.NULL)
         return [lib.lg_get_result(self._job, i) for i in range(self.load.numjobs)]
 
     def histograms(self) -> dict[str, list[int]]:
@@ -391,13 +396,6 @@ class Job:
             ]
             found[name] = each[0] if len(each) == 1 else [sum(column) for column in zip(*each, strict=True)]
         return found
-
-    def _wait(self) -> int:
-        try:
-            return int(lib.lg_wait(self._job, min(WAIT_SLICE_MS, self.load.log_avg_msec or WAIT_SLICE_MS)))
-        except KeyboardInterrupt:
-            lib.lg_stop(self._job, ffi.NULL)
-            return 1
 
     def error(self) -> str:
         """What the first queue that failed says, or ""."""

@@ -499,12 +499,18 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_a_run_with_its_figures(disk: Disk) -> None:
+    queues = len(disk.daemon.events("queue"))
     process = subprocess.Popen(
         [PROGRAM, "bench", disk.socket, "--rw", "randread", "--iodepth", "4", "--runtime", "60", "--json"],
         stdout=subprocess.PIPE,
         text=True,
     )
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
+    with process:
+        disk.daemon.wait_for("queue", count=queues + 1)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        try:
+            out, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert json.loads(out)["jobs"][0]["read"]["total_ios"] > 0

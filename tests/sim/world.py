@@ -429,6 +429,8 @@ class World:
         if self.guest.serial and self.rng.random() < self.sizes.flips:
             self.rot()
         self.rot_may_pass = False
+        found = superblocks.newest(*(superblocks.unpack(self.cache.live[block]) for block in (0, 1)))
+        died_open = found is not None and not found.clean
         while True:
             if not all(self.rot_is_known(*flip) for flip in self.flips):
                 self.rot_may_pass = True
@@ -451,8 +453,7 @@ class World:
                     self.power_loss()  # the way out: the guest is off
                     continue
                 return self.refused(error)
-            before = recovered.finding.superblock
-            if self.tier_lost and before is not None and not before.clean:  # it died when it had already closed
+            if self.tier_lost and died_open:
                 raise Wrong("the log is opened although its RAM tier is lost")
             break
         if self.is_handed_over and recovered.records:

@@ -504,6 +504,8 @@ def test_ctrl_c_ends_a_run_with_its_figures(disk: Disk) -> None:
         [PROGRAM, "bench", disk.socket, "--rw", "randread", "--iodepth", "4", "--runtime", "60", "--json"],
         stdout=subprocess.PIPE,
         text=True,
+        # What a shell starts in the background ignores it, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         disk.daemon.wait_for("queue", count=queues + 1)

@@ -7,7 +7,7 @@ nothing and does no I/O: the daemon does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -136,19 +136,10 @@ def volume_settings(index: int, config: VolumeConfig, facts: Facts) -> VolumeSet
 
 def log_volume_settings(index: int, config: VolumeConfig, facts: Facts, layout: TierLayout) -> LogVolumeSettings:
     """What the core has to know of a volume with a cache file."""
-    mode, cache = config.cache_mode, config.cache
+    cache = config.cache
+    common = asdict(volume_settings(index, config, facts))
     return LogVolumeSettings(
-        index=index,
-        size_bytes=facts.size_bytes,
-        object_bytes=config.object_size,
-        slots=layout.slots,
-        acknowledge_durable=not mode.writeback,
-        ignore_flush=mode.no_flush,
-        destage_after_ns=config.destage_after,
-        fill_bytes=config.fill_bytes,
-        readahead_bytes=config.readahead_bytes,
-        backend_timeout_ns=config.backend_timeout or 0,
-        can_abandon=facts.can_abandon,
+        **{**common, "slots": layout.slots},
         tier_entries=layout.entries,
         wants_whole_objects=facts.wants_whole_objects,
         sync_interval_ns=cache.sync_interval,

@@ -448,9 +448,10 @@ class LogWriter:
         return deadline_ns
 
     def _begin_commit(self) -> None:
-        if self.open is not None and not self._records:
+        record = self.open
+        if record is not None and (record.slots or record.zeroes) and not self._records:
             # Nothing else is volatile: the engine writes it and goes on to the fdatasync without asking.
-            self.open.durable = True
+            record.durable = True
             self.counters["log_durable_writes"] += 1
             self.counters["log_fdatasyncs"] += 1
         self.seal()

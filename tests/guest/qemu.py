@@ -78,7 +78,11 @@ class Console:
     def send(self, command: str) -> None:
         assert "\n" not in command
         self._log.write(f"$ {command}\n".encode())
-        self._stream.sendall(command.encode() + b"\n")
+        self.send_bytes(command.encode() + b"\n")
+
+    def send_bytes(self, part: bytes) -> None:
+        """A part of a line."""
+        self._stream.sendall(part)
 
 
 class Guest:

@@ -48,7 +48,7 @@ class Trouble:
     Others who have not failed go on: a failure in a row of them, or of a flush, makes everybody wait for `at_ns`; a
     failure between successes only the one that failed. A number says who: an object, or something below zero."""
 
-    __slots__ = ("_everybody", "_failing", "_notices", "_well", "failures", "held")
+    __slots__ = ("_everybody", "_failing", "_notices", "_well", "error", "failures", "held")
 
     def __init__(self, notices: list[tuple[str, dict[str, object]]]) -> None:
         self._notices = notices
@@ -59,6 +59,8 @@ class Trouble:
         self.failures = 0
         self.held = 0
         """The errno that holds it; 0: it is not held."""
+        self.error = 0
+        """The errno of the last failure; 0: all that has failed has succeeded since."""
 
     @property
     def at_ns(self) -> int:
@@ -92,7 +94,7 @@ class Trouble:
     def failed(self, who: int, operation: str, result: int, now_ns: int, everybody: bool = False) -> None:
         """`result` is a negative errno. `everybody`: nobody can go on."""
         self.failures += 1
-        number = -result
+        number = self.error = -result
         held = number in HINTS
         if held and number != self.held:
             self._notices.append(("backend-held", {"operation": operation, "errno": number, "hint": HINTS[number]}))
@@ -111,7 +113,7 @@ class Trouble:
         self._well = True
         self._everybody.succeeded()
         if self._failing.pop(who, None) is not None and not self._failing:
-            self.held = 0
+            self.held = self.error = 0
             self._notices.append(("backend-recovered", {}))
 
     def retry(self) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 
+from vhostcache import cli_words as words
 from vhostcache.errors import EXIT_RUNTIME, EXIT_USAGE, Error, UsageError, one_line, why
 from vhostcache.modes import DEFAULT, MODES
 
@@ -24,6 +25,7 @@ PROGRAM: Final = "vhostcache"
 
 # Commands that live in other modules, and how the list of commands describes them.
 _ELSEWHERE: Final = {
+    "status": ("vhostcache.cli_status", "status_command", "Ask a running daemon how it is."),
     "bench": ("vhostcache.loadgen", "bench_command", "Put load on a vhost-user-blk server and measure it."),
     "info": ("vhostcache.cli_cache", "info_command", "Show what is in a cache file."),
     "check": ("vhostcache.cli_cache", "check_command", "Hold all of a cache file against its checksums."),
@@ -420,26 +422,6 @@ def serve(file: str, check: bool, incoming: bool, discard_dirty_data: tuple[str,
     _serve(config, shutdown_on_disconnect=False, discard_dirty_data=set(discard_dirty_data))
 
 
-@cli.command(short_help="Ask a running daemon how it is.")
-@click.argument("sockets", nargs=-1, required=True, metavar="CONTROL_SOCKET...", type=click.Path())
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a daemon, a line each.")
-def status(sockets: tuple[str, ...], as_json: bool) -> None:
-    """Ask daemons over their control sockets. `export` listens on SOCKET.control, `serve` on the file's `control`.
-
-    \b
-      vhostcache status /run/vda.sock.control
-      vhostcache status --json /run/vhostcache/control.sock | jq .volumes[].dirty_bytes
-    """
-    from vhostcache.control import control_path, query
-
-    answers = [query(control_path(path), "status") for path in sockets]
-    if as_json:
-        for answer in answers:
-            click.echo(json.dumps(answer))
-    else:
-        _print_status(answers)
-
-
 @cli.command(short_help="Make a disk larger while it is in use.")
 @click.argument("name")
 @click.argument("size", type=_Quantity("IMAGE"))
@@ -463,7 +445,7 @@ def resize(name: str, size: str, control: str | None) -> None:
 
     control, name = find_volume(name, control)
     size_bytes = resize_and_wait(control, name, parse_size(size))
-    click.echo(f"{name}: {_size(size_bytes)} ({size_bytes} bytes)")
+    click.echo(f"{name}: {words.size(size_bytes)} ({size_bytes} bytes)")
 
 
 @cli.command(short_help="Print the JSON schema of the YAML file.")
@@ -580,69 +562,3 @@ def _output(text: str) -> None:
         click.echo(text)
     except OSError:
         sys.stdout = None  # nobody reads it: later writes go nowhere
-
-
-def _print_status(answers: list[Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a line a volume
-    for answer in answers:
-        uptime = _duration(float(answer["uptime_s"]))
-        title = f"vhostcache {answer['version']}, process {answer['pid']}, {answer['state']} for {uptime}"
-        table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for heading in ("volume", "state", "guest", "mode", "size", "dirty", "cached", "ram", "log", "hits", "flushes"):
-            table.add_column(heading, justify="left" if heading in ("volume", "state", "guest", "mode") else "right")
-        for volume in answer["volumes"]:
-            lookups = volume["hits"] + volume["misses"]
-            log = volume.get("cache")
-            table.add_row(
-                Text(volume["name"]),
-                Text(_state(volume), style="" if _state(volume) == "serving" else "bold red"),
-                "connected" if volume["connected"] else "absent",
-                Text(volume["mode"] + (", read-only" if volume["read_only"] else "")),
-                *(_size(volume[key]) for key in ("size_bytes", "dirty_bytes", "cached_bytes", "ram_bytes")),
-                f"{100 * log['log_used_bytes'] / log['log_bytes']:.0f} %" if log else "-",
-                f"{100 * volume['hits'] / lookups:.0f} %" if lookups else "-",
-                f"{volume['flushes_received']:,}",
-            )
-        console.print(table)
-        for volume in answer["volumes"]:
-            for line in _troubles(volume):
-                console.print(Text(line, style="bold red"), soft_wrap=True)
-
-
-def _troubles(volume: dict[str, Any]) -> Iterator[str]:
-    """What keeps the backend from being written."""
-    backend = volume["backend_status"]
-    if backend.get("state", "connected") != "connected":
-        lasts = _duration(backend["seconds"])
-        yield f"{volume['name']}: backend {backend['state']} for {lasts}: {backend['error']}"
-    if volume["backend_held"]:
-        yield f"{volume['name']}: backend held: {volume['backend_held']} (when it is mended: vhostcache retry)"
-
-
-def _state(volume: dict[str, Any]) -> str:
-    """Of a volume, or where its storage is, if that is not here."""
-    here = volume["state"] != "serving" or volume["storage"] == "held"
-    return str(volume["state"] if here else volume["storage"])
-
-
-def _size(size_bytes: int) -> str:
-    value, unit = float(size_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.1f} {unit}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

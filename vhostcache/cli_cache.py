@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from vhostcache import cli_words as words
 from vhostcache.errors import ImageError, UsageError, why
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def check_command(
         sys.exit(EXIT_CORRUPT)
     dirty = finding.error is not None or finding.is_dirty
     records = len(finding.walk.records) if finding.walk else 0
-    click.echo(f"{cache}: {'dirty' if dirty else 'clean'}, {_count(records, 'record')}, no damage")
+    click.echo(f"{cache}: {'dirty' if dirty else 'clean'}, {words.count(records, 'record')}, no damage")
     sys.exit(EXIT_DIRTY if dirty else EXIT_CLEAN)
 
 
@@ -233,7 +234,7 @@ def drain_command(
             image.backend.write_mark(Mark(closed.uuid, closed.epoch, dirty=False))
         if os.path.isdir(folder := _ram_folder(ram_dir)):
             TierFolder(folder).remove(closed.uuid)
-    click.echo(f"{chosen.backend.label}: {_size(written * 4096)} written, {cache} is clean")
+    click.echo(f"{chosen.backend.label}: {words.size(written * 4096)} written, {cache} is clean")
 
 
 def _say_lost(ranges: list[CorruptRange]) -> None:
@@ -539,13 +540,16 @@ def _print_log(console: Console, finding: Finding) -> None:
     payload = sum(record.payload_blocks for record in walk.records)
     console.print()
     console.print(
-        f"log: {_size(used * 4096)} of {_size(block.ring_blocks * 4096)}, {_count(len(walk.records), 'record')}, "
-        f"{_size(payload * 4096)} of data; addresses {block.tail_address} to {walk.head_address}, "
+        f"log: {words.size(used * 4096)} of {words.size(block.ring_blocks * 4096)}, "
+        f"{words.count(len(walk.records), 'record')}, "
+        f"{words.size(payload * 4096)} of data; addresses {block.tail_address} to {walk.head_address}, "
         f"clean below {block.clean_address}, durable below {block.durable_address}"
     )
     if finding.replay:
         blocks = sum(len(group.slots) for group in finding.replay)
-        console.print(f"RAM tier: {_count(len(finding.replay), 'more record')}, {_size(blocks * 4096)} of data")
+        console.print(
+            f"RAM tier: {words.count(len(finding.replay), 'more record')}, {words.size(blocks * 4096)} of data"
+        )
 
 
 def _print_dirty(console: Console, finding: Finding, top: int) -> None:
@@ -561,9 +565,9 @@ def _print_dirty(console: Console, finding: Finding, top: int) -> None:
     zeroes = sum(one.zero_blocks for one in objects)
     lost = sum(one.lost_blocks for one in objects)
     console.print(
-        f"dirty: {_size(data * 4096)} of data and {_size(zeroes * 4096)} of zeroes, "
-        + (f"{_size(lost * 4096)} lost, " if lost else "")
-        + f"in {_count(len(objects), 'object')} of {_size(offline.OBJECT_BYTES)}"
+        f"dirty: {words.size(data * 4096)} of data and {words.size(zeroes * 4096)} of zeroes, "
+        + (f"{words.size(lost * 4096)} lost, " if lost else "")
+        + f"in {words.count(len(objects), 'object')} of {words.size(offline.OBJECT_BYTES)}"
     )
     if not objects or top == 0:
         return
@@ -574,22 +578,9 @@ def _print_dirty(console: Console, finding: Finding, top: int) -> None:
         table.add_row(
             str(one.number),
             str(one.number * offline.OBJECT_BYTES),
-            _size(one.data_blocks * 4096),
-            _size(one.zero_blocks * 4096),
+            words.size(one.data_blocks * 4096),
+            words.size(one.zero_blocks * 4096),
         )
     console.print(table)
     if len(objects) > top:
         console.print(f"and {len(objects) - top} more")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' if number != 1 else ''}"
-
-
-def _size(size_bytes: int) -> str:
-    value, unit = float(size_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.1f} {unit}"

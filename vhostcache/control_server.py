@@ -25,7 +25,7 @@ LINE_BYTES = 4096  # of a request; the longest one that makes sense has some 60
 CLIENTS = 16
 UNREAD_BYTES = 1 << 20  # of answers that a client has not taken
 UNREAD_S = 2.0
-ANSWER_BYTES = 1 << 18
+ANSWER_BYTES = 400_000
 ANSWER_KEPT_S = 0.1
 LOOP_TIMEOUT_S = 5.0
 

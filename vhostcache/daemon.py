@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 
 from vhostcache import metrics, tunables
 from vhostcache.assembly import CacheClaim, claim_without_cache, prepare_cache
-from vhostcache.backend.base import Backend, Opened
+from vhostcache.backend.base import Backend, Notice, Opened
 from vhostcache.backend.file import LOCK_WAIT_S as IMAGE_LOCK_WAIT_S
 from vhostcache.backend.opening import open_backend, stack_backend
 from vhostcache.cachefile import LOCK_WAIT_S as CACHE_LOCK_WAIT_S
@@ -952,6 +952,7 @@ class Daemon:
         notice = served.backend.check()
         if notice is not None:
             self._notice(served.name, notice.event, notice.fields)
+            served.failure = _failure(notice)
             self._fail(index)
 
     def _start_job(self, job: Iterator[None]) -> None:
@@ -1075,6 +1076,12 @@ class _Storage:
 
     def dirty_bytes(self) -> int:
         return self._served.volume.statistics()["dirty_blocks"] * 4096
+
+
+def _failure(notice: Notice) -> str:
+    """For `status`."""
+    words = notice.event.replace("-", " ")
+    return f"{words}: {hint}" if (hint := notice.fields.get("hint")) else words
 
 
 def _ignore(number: int, frame: object) -> None:

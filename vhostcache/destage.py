@@ -106,6 +106,7 @@ class Destager:
         "committing",
         "completed",
         "counters",
+        "error",
         "failed",
         "flush_failures",
         "held",
@@ -156,6 +157,8 @@ class Destager:
         """Objects whose last destage failed; FLUSH stands for the backend flush."""
         self._locked: dict[int, int] = {}
         self._backoff = Backoff()
+        self.error = 0
+        """The errno of the last failure; 0: all that has failed has succeeded since."""
         self.held = 0
         """The errno that only a person can end; 0: none."""
         self.now_ns = 0
@@ -457,7 +460,7 @@ class Destager:
     def _failed(self, what: int, operation: str, result: int) -> None:
         """The backend is in trouble: try again later, and later still while anything fails."""
         self.counters["backend_failures"] += 1
-        number = -result
+        number = self.error = -result
         held = number in HINTS
         if held and number != self.held:
             self.held = number
@@ -475,7 +478,7 @@ class Destager:
             }
             if not self._failing:
                 self._backoff.succeeded()
-                self.held = 0
+                self.held = self.error = 0
                 self.notices.append(("backend-recovered", {}))
 
     # --- ranges being zeroed ---

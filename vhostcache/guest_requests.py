@@ -103,7 +103,8 @@ class GuestRequests:
         self._jobs_limited = 0
         self._timeout_ns = settings.backend_timeout_ns
         self._can_abandon = settings.can_abandon
-        self._reads_failing = False
+        self._reads_failing = 0
+        """The errno with which the backend has failed to read, and has not read well since; 0: it has not."""
         self._read_pause_ns = 0
         self._streams: dict[int, int] = {}
         """Next sector of a sequential stream -> sectors it has read."""
@@ -420,7 +421,7 @@ class GuestRequests:
     def _retry_later(self, request: Parked, result: int) -> None:
         """The backend has failed to read for it."""
         if not self._reads_failing:
-            self._reads_failing = True
+            self._reads_failing = -result
             self._read_pause_ns = READ_PAUSE_FIRST_NS
             self.notices.append(("backend-error", {"operation": "read", "errno": -result}))
         at_ns = self.now_ns + self._read_pause_ns
@@ -429,7 +430,7 @@ class GuestRequests:
         self._retries.append((at_ns, request))
 
     def _reads_recovered(self) -> None:
-        self._reads_failing = False
+        self._reads_failing = 0
         self._retries = [(0, request) for _, request in self._retries]
         self.notices.append(("backend-recovered", {}))
 

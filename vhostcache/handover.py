@@ -120,6 +120,11 @@ class HandOver:
             return self._unsettled_ns != NEVER
         return self.where is not Where.AWAY or bool(self._queues)
 
+    @property
+    def waits_for(self) -> str:
+        """Why the storage cannot be had yet, while a guest needs it."""
+        return self._reason if self.where is Where.TAKING else ""
+
     # What happens.
 
     def migrating(self, on: bool) -> None:

@@ -60,12 +60,24 @@ def statistics(engine: Counters, core: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def log_status(core: Mapping[str, int]) -> dict[str, int]:
-    """What `status` says of a log: levels, in bytes."""
+def log_status(core: Mapping[str, int]) -> dict[str, Any]:
+    """What `status` says of a cache file: levels, in bytes, and the log's and read cache's part in the reads."""
     return {
         "log_bytes": core["log_blocks"] * 4096,
         "log_used_bytes": core["log_used_blocks"] * 4096,
         "volatile_bytes": core["volatile_blocks"] * 4096,
+        "lost_bytes": core["lost_blocks"] * 4096,
+        "log_hits": core["log_hits"],
+        "pace_bytes_per_s": core["log_pace_blocks_per_s"] * 4096 or None,
+        "log_full": bool(core["log_wanted_blocks"]),
+        "fails": bool(core["log_blocked"]),
+        "read_cache": {
+            "bytes": core["read_cache_blocks"] * 4096,
+            "used_bytes": core["read_cache_used_blocks"] * 4096,
+            "hits": core["read_cache_hits"],
+        }
+        if "read_cache_blocks" in core
+        else None,
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Final
 
 from vhostcache import metrics, tunables
 from vhostcache.assembly import CacheClaim
@@ -24,6 +24,9 @@ from vhostcache.map import slots_for_ram
 from vhostcache.resize import Growth
 from vhostcache.sockets import Listener
 from vhostcache.volume import NEVER, Volume
+
+_ERRORS: Final = ("backend_error", "backend_held", "read_error")
+"""Of the core: the errno of what goes wrong now."""
 
 
 class State(Enum):
@@ -46,6 +49,7 @@ class Served:
     state: State = State.SERVING
     connected: bool = False
     failed: bool = False
+    failure: str = ""  # if it is the image's
     # The guest's write cache: as configured or as the guest has set it; whether it may flush; and whether it may
     # believe something else, because an earlier process has told it so.
     write_cache: bool = True
@@ -83,12 +87,15 @@ class Served:
         return {
             "name": self.name,
             "state": "failed" if self.failed else self.state.value,
+            "failure": self.failure or None,
             "storage": self.hand_over.where.value,
+            "storage_waits_for": self.hand_over.waits_for or None,
             "connected": self.connected,
             "socket": config.socket,
             "backend": config.backend.label,
-            "backend_status": self.backend.status(now_ns),
+            "backend_status": self._backend_status(now_ns),
             "mode": config.cache_mode.name,
+            "write_through": bool(core.get("write_through")),
             "read_only": config.read_only,
             "size_bytes": self.volume.size_bytes,
             "resize": self._resize_state(),
@@ -100,9 +107,17 @@ class Served:
             "flushes_received": core["flushes_received"],
             "flushes_performed": core["flushes_performed"],
             "settings": tunables.current(config),
-            "backend_held": why_number(-core["backend_held"]) if core.get("backend_held") else None,
+            **{key: why_number(-core[key]) if core.get(key) else None for key in _ERRORS},
+            "waiting": {"room": core.get("waiting_for_room", 0), "backend": core.get("waiting_for_backend", 0)},
             "cache": None if self.claim is None else {"path": self.claim.path, **metrics.log_status(core)},
         }
+
+    def _backend_status(self, now_ns: int) -> dict[str, Any]:
+        status = self.backend.status(now_ns)
+        if self.top is not None and status.get("state", "connected") != "connected":
+            counted = self.top.statistics()
+            status["waiting"] = counted["in_flight"] + counted["waiting"]
+        return status
 
     def _resize_state(self) -> dict[str, Any] | None:
         running = self.growth is not None or self.growing

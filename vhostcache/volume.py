@@ -200,6 +200,7 @@ class Volume(GuestRequests):
             "hits": self.hits,
             "misses": self.misses,
             "flushes_received": self.flushes_received,
+            "write_through": int(self._write_through),
             "dirty_blocks": block_map.dirty_blocks + destager.blocks_in_flight,
             "dirty_objects": len(block_map.dirty) + sum(1 for n in destager.in_flight if n not in block_map.dirty),
             "cached_blocks": len(block_map.where),
@@ -213,7 +214,9 @@ class Volume(GuestRequests):
             "read_timeouts": self.read_timeouts,
             **(self._ahead.counters if self._ahead is not None else {}),
             **self._fills.counters,
+            "backend_error": destager.error,
             "backend_held": destager.held,
+            "read_error": self._reads_failing,
             **destager.counters,
         }
 

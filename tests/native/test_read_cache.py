@@ -2,13 +2,17 @@
 never believed when it may be wrong."""
 
 import os
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.guest import VHOSTCACHE
 from tests.native.conftest import FREE, MIB, noise
 from tests.native.test_cache import CachedDisk, disk, ram_dir  # noqa: F401 - fixtures
+from vhostcache.control import query
 
 BLOCK = 4096
 READ_CACHE = 16 * MIB
@@ -57,6 +61,20 @@ def test_what_has_been_read_is_found_again_after_a_restart(disk: CachedDisk, war
     statistics = disk.daemon.stop()["vda"]
     assert statistics["backend_operations"]["read"] == 0
     assert statistics["read_cache_hits"] == READ // BLOCK
+
+
+def test_status_shows_its_size_its_use_and_its_hits(disk: CachedDisk, warm: bytes) -> None:  # noqa: F811
+    disk.daemon.start()
+    assert read_all(disk) == warm
+    (volume,) = query(f"{disk.socket}.control", "status")["volumes"]
+    found = volume["cache"]["read_cache"]
+    assert (found["used_bytes"], found["hits"]) == (READ, READ // BLOCK)
+    assert READ_CACHE * 0.9 < found["bytes"] <= READ_CACHE
+    line = subprocess.run(
+        [VHOSTCACHE, "status", f"{disk.socket}.control"], capture_output=True, text=True, timeout=60, check=True
+    ).stdout.splitlines()[2]
+    assert "50 % of 15.9 MiB" in line, "its use"
+    assert re.search(r" 100 % +100 % +\d", line), "its hits, and all"
 
 
 def test_what_is_written_and_discarded_is_not_found_there_any_more(disk: CachedDisk, warm: bytes) -> None:  # noqa: F811

@@ -97,6 +97,7 @@ def test_a_backend_without_space_holds_and_goes_on_when_somebody_has_mended_it(d
     (held,) = disk.daemon.wait_for("backend-held")
     assert "room" in held["hint"]
     assert "no space is left" in str(status(disk)["backend_held"])
+    assert "disk: backend held: no space is left" in run("status", disk.socket).stdout
     write_and_flush(disk, data, DISK_BYTES // 2 + BLOCK)  # the guest does not notice
     full.unlink()
     assert run("retry", disk.socket).returncode == 0

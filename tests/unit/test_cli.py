@@ -1,8 +1,10 @@
 """The installed program, as a subprocess: what a user sees when something is wrong; and nothing has been touched."""
 
 import contextlib
+import io
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -16,9 +18,10 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from rich.console import Console
 
 from tests.guest import VHOSTCACHE
-from vhostcache.cli import _troubles
+from vhostcache.cli_status import print_status, remarks, troubles
 
 TIMEOUT_S = 60  # a safety net
 MIB = 1 << 20
@@ -350,14 +353,118 @@ def test_status_is_a_table_for_people_and_json_for_programs(tmp_path: Path, imag
         assert "control': " in refused(1, "status", tmp_path / "s.control")
 
 
-def test_status_says_since_when_a_backend_is_away_and_why_it_is_held() -> None:
-    volume = {"name": "root", "backend_status": {"type": "nbd", "state": "connected"}, "backend_held": None}
-    assert list(_troubles(volume)) == []
-    volume["backend_status"] = {"type": "nbd", "state": "lost", "seconds": 12.3, "error": "refused"}
-    volume["backend_held"] = "no space"
-    lost, held = _troubles(volume)
-    assert lost == "root: backend lost for 12 s: refused"
-    assert held.startswith("root: backend held: no space")
+def volume_status(**changes: Any) -> dict[str, Any]:
+    """What a daemon says of a volume where all is well."""
+    cache = {
+        "path": "/ssd/root.cache",
+        "log_bytes": 1 << 30,
+        "log_used_bytes": 900 * MIB,
+        "volatile_bytes": 0,
+        "lost_bytes": 0,
+        "log_hits": 10,
+        "pace_bytes_per_s": None,
+        "log_full": False,
+        "fails": False,
+        "read_cache": {"bytes": 512 * MIB, "used_bytes": 128 * MIB, "hits": 30},
+    }
+    volume = {
+        "name": "root",
+        "state": "serving",
+        "failure": None,
+        "storage": "held",
+        "storage_waits_for": None,
+        "connected": True,
+        "backend_status": {"type": "nbd", "state": "connected"},
+        "mode": "none",
+        "write_through": False,
+        "read_only": False,
+        "size_bytes": 4 << 30,
+        "resize": None,
+        "ram_bytes": 256 * MIB,
+        "dirty_bytes": 256 * MIB,
+        "cached_bytes": 64 * MIB,
+        "hits": 40,
+        "misses": 20,
+        "flushes_received": 1234,
+        "backend_error": None,
+        "backend_held": None,
+        "read_error": None,
+        "waiting": {"room": 0, "backend": 0},
+        "settings": {"destage": True},
+        "cache": {**cache, **changes.pop("cache", {})},
+    }
+    return {**volume, **changes}
+
+
+def printed(*volumes: dict[str, Any]) -> list[str]:
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_status(console, {"version": "9", "pid": 7, "uptime_s": 60, "state": "serving", "volumes": volumes})
+    return console.export_text().splitlines()
+
+
+def test_a_volume_that_is_well_is_one_line_with_log_and_read_cache() -> None:
+    title, headings, line = printed(volume_status())
+    assert title.rstrip() == "vhostcache 9, process 7, serving for 60 s"
+    values = dict(zip(re.split(r"  +", headings.strip()), re.split(r"  +", line.strip()), strict=True))
+    assert values == {
+        "volume": "root",
+        "state": "serving",
+        "guest": "connected",
+        "mode": "none",
+        "backend": "nbd connected",
+        "size": "4 GiB",
+        "dirty": "256 MiB",
+        "ram": "25 % of 256 MiB",
+        "dirty log": "25 % of 1 GiB",
+        "read cache": "25 % of 512 MiB",
+        "its hits": "60 %",
+        "all hits": "80 %",
+        "flushes": "1,234",
+    }
+
+
+def test_without_a_cache_file_there_is_no_log_and_no_read_cache() -> None:
+    _, headings, line = printed({**volume_status(misses=0, hits=0), "cache": None})
+    values = dict(zip(re.split(r"  +", headings.strip()), re.split(r"  +", line.strip()), strict=True))
+    assert [values[key] for key in ("dirty log", "read cache", "its hits", "all hits")] == ["-", "-", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"backend_status": {"type": "nbd", "state": "lost", "seconds": 12.3, "error": "refused", "waiting": 3}},
+         "backend lost for 12 s: refused (3 operations waiting)"),
+        ({"backend_held": "no space", "backend_error": "no space"}, "backend held: no space (when it is mended: vhost"),
+        ({"backend_error": "input/output error"}, "backend cannot be written: input/output error (it is tried again"),
+        ({"waiting": {"room": 0, "backend": 1}, "read_error": "timed out"}, "1 request waiting to read the backend"),
+        ({"cache": {"fails": True}}, "cache device fails: '/ssd/root.cache': no write is acknowledged"),
+        ({"cache": {"lost_bytes": 8192}}, "8 KiB rotted in the log"),
+        ({"failure": "image shrank: give it back"}, "failed: image shrank: give it back"),
+        ({"storage": "waiting", "storage_waits_for": "is in use"}, "the guest waits for its storage: is in use"),
+        ({"resize": {"running": False, "error": "no space"}}, "the last resize has failed: no space"),
+    ],
+)  # fmt: skip
+def test_status_says_what_goes_wrong(changes: dict[str, Any], line: str) -> None:
+    (found,) = troubles(volume_status(**changes))
+    assert found.startswith(line)
+    assert printed(volume_status(**changes))[-1].startswith(f"root: {line}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({}, []),
+        ({"cache": {"pace_bytes_per_s": 8 * MIB}, "dirty_bytes": 768 * MIB, "waiting": {"room": 2, "backend": 0}},
+         ["writes are slowed to 8 MiB a second: 75 % of the log is dirty", "2 writes waiting"]),
+        ({"cache": {"log_full": True}, "dirty_bytes": 1 << 30, "waiting": {"room": 1, "backend": 0}},
+         ["1 write waiting for room in the log: 100 % of the log is dirty"]),
+        ({"cache": {"fails": True}, "waiting": {"room": 1, "backend": 0}}, ["1 write waiting for the cache device"]),
+        ({"settings": {"destage": False}}, ["destage is off: the image gets nothing before the log is full"]),
+        ({"resize": {"running": True, "error": ""}}, ["is being resized"]),
+    ],
+)  # fmt: skip
+def test_status_says_what_waits_and_what_is_unusual(changes: dict[str, Any], lines: list[str]) -> None:
+    assert list(remarks(volume_status(**changes))) == lines
 
 
 # serve, and the life of a daemon.

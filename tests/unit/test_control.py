@@ -273,7 +273,7 @@ def test_a_loop_that_does_not_answer_is_told_to_those_who_wait(loop: Loop, conne
 
 
 def test_an_answer_that_is_too_large_is_an_error(loop: Loop, connect: Connect) -> None:
-    loop.value = "x" * (1 << 18)
+    loop.value = "x" * 400_000
     assert connect().ask({"execute": "status"})["error"]["desc"] == "the answer is too large"
 
 

@@ -193,6 +193,7 @@ class LogDestager:
             **self.counters,
             "blocks_read_back": self._sources.blocks_read_back,
             "backend_failures": self.trouble.failures,
+            "backend_error": self.trouble.error,
             "backend_held": self.trouble.held,
             "objects_in_flight": len(self.in_flight),
             "objects_limit": self._depth.limit,

@@ -13,6 +13,9 @@
  * on a broken connection is sent again and may be executed twice, never after a newer one of ours has been acknowledged ... unless
  * the server goes on working at a connection that we have given up. Nobody can fence that off: docs/ARCHITECTURE.md says so.
  *
+ * The loop is never the server's for long: one look takes in from its connections for TURN_NS, one recv() each, and gives them
+ * TURN_BYTES. libnbd sends all that it has been handed, so it is handed a command only when the one before is on its way.
+ *
  * QEMU's compress filter answers EIO to what would change a cluster that is stored as it is, because it did not shrink. Such a
  * command goes to a second export of the same server, the image without that filter, over a link of its own. A flush covers both:
  * below the filter it is one image. */
@@ -35,6 +38,9 @@
 #define MAX_LINK_BYTES (32u << 20)  /* the same; one command always goes */
 #define FIRST_PAUSE_NS 100000000ull
 #define LONGEST_PAUSE_NS 5000000000ull
+#define TURN_NS 1000000ull          /* of taking in, in one look at the connections; one recv() more at most */
+#define TURN_BYTES (1u << 20)       /* handed to the connections in one look; one command more at most */
+#define COMMAND_COST 4096u          /* of one without data, of these */
 #define DRAIN_NS 1000000000ull    /* for answers, before a connection is left */
 #define UNCOMPRESSED MAX_LINKS    /* the link to the second export, once it has been needed */
 #define LINKS (MAX_LINKS + 1)
@@ -52,6 +58,7 @@ struct command {
     uint64_t offset;
     uint32_t bytes;
     uint64_t position; /* in the I/O */
+    uint64_t seen;     /* bytes that the server has sent, of a read */
     void *memory;
     uint64_t doubts, covers; /* of a flush */
 };
@@ -62,6 +69,7 @@ struct ask {
     TAILQ_ENTRY(ask) entry;
     struct nbd *owner;
     struct link *link; /* that it was sent on, or NULL */
+    bool answered;
     struct question question;
 };
 TAILQ_HEAD(asks, ask);
@@ -72,6 +80,7 @@ struct link {
     struct nbd_handle *nbd; /* NULL: not connected */
     struct nbd_attempt *attempt;
     uint32_t watched; /* events */
+    uint32_t ready;   /* those that have come, and wait for their turn */
     bool broken;
     uint64_t retry_ns, pause_ns;
     struct commands sent;
@@ -89,6 +98,8 @@ struct nbd {
     bool can_zero, lost, refused, given_up, abandoned, closing;
     struct link links[LINKS];
     uint32_t wanted, up;
+    uint32_t next_link; /* whose turn it is */
+    bool some_ready;
     struct commands waiting[QUEUES]; /* what somebody waits for; the background; what goes to the second export */
     struct commands ended;
     struct holes *holes; /* or NULL: the server does not say */
@@ -276,11 +287,28 @@ static bool prepare(struct nbd *nbd, struct command *command)
 
 /* ---- to the server and back ---- */
 
-/* libnbd calls it, in the middle of its work. Nothing may be asked of libnbd here. */
+/* libnbd calls these two, in the middle of its work. Nothing may be asked of libnbd here. It takes any number of pieces for one read,
+ * also the same again and again without end. */
+static int on_piece(void *user, const void *data, size_t bytes, uint64_t offset, unsigned status, int *error)
+{
+    struct command *command = user;
+    (void)data, (void)offset, (void)error;
+    if (status == LIBNBD_READ_ERROR)
+        return 0;
+    command->seen += bytes;
+    if (!bytes || command->seen > command->bytes)
+        command->link->broken = true;
+    return 0;
+}
+
 static int on_completion(void *user, int *error)
 {
     struct command *command = user;
     command->error = *error;
+    if (command->kind == IO_READ && !*error && command->seen != command->bytes) { /* the rest of the memory has never been written */
+        command->error = EPROTO;
+        command->link->broken = true;
+    }
     TAILQ_REMOVE(&command->link->sent, command, entry);
     TAILQ_INSERT_TAIL(&command->link->owner->ended, command, entry);
     return 1; /* libnbd forgets it */
@@ -289,9 +317,10 @@ static int on_completion(void *user, int *error)
 static int64_t hand_over(struct link *link, struct command *command)
 {
     nbd_completion_callback callback = {.callback = on_completion, .user_data = command};
+    nbd_chunk_callback piece = {.callback = on_piece, .user_data = command};
     switch (command->kind) {
     case IO_READ:
-        return nbd_aio_pread(link->nbd, command->memory, command->bytes, command->offset, callback, 0);
+        return nbd_aio_pread_structured(link->nbd, command->memory, command->bytes, command->offset, piece, callback, 0);
     case IO_WRITE:
         return nbd_aio_pwrite(link->nbd, command->memory, command->bytes, command->offset, callback, 0);
     case IO_FLUSH:
@@ -330,6 +359,7 @@ static void transmit(struct nbd *nbd, struct link *link, struct command *command
     nbd->stats.commands[command->kind]++;
     nbd->stats.bytes[command->kind] += command->bytes;
     command->covers = nbd->written;
+    command->seen = 0;
     if (hand_over(link, command) >= 0)
         return;
     /* It was not even queued. */
@@ -361,6 +391,9 @@ static void ask_over(struct ask *ask, bool good)
 static int on_extents(void *user, const char *context, uint64_t offset, uint32_t *entries, size_t count, int *error)
 {
     struct ask *ask = user;
+    if (strcmp(context, LIBNBD_CONTEXT_BASE_ALLOCATION) == 0 && ask->answered)
+        ask->link->broken = true; /* one answer, and not any number */
+    ask->answered = true;
     for (size_t i = 0; i + 1 < count && !*error && strcmp(context, LIBNBD_CONTEXT_BASE_ALLOCATION) == 0; i += 2) {
         if (entries[i])
             holes_answer(ask->owner->holes, &ask->question, offset, entries[i], entries[i + 1] & LIBNBD_STATE_ZERO);
@@ -413,6 +446,8 @@ static struct link *idlest(struct nbd *nbd, bool uncompressed)
         struct link *link = &nbd->links[i];
         if (!link->nbd || link->commands == MAX_LINK_COMMANDS || (link->commands && link->bytes >= MAX_LINK_BYTES) || is_dead(link))
             continue;
+        if (!nbd_aio_is_ready(link->nbd)) /* in the midst of a command or an answer: it would be kept, and sent with all others at once */
+            continue;
         if (!best || link->bytes < best->bytes || (link->bytes == best->bytes && link->commands < best->commands))
             best = link;
     }
@@ -437,11 +472,14 @@ static bool doubtful(struct nbd *nbd, const struct command *command)
     return true;
 }
 
-static bool pump_queue(struct nbd *nbd, struct commands *queue)
+/* False: no connection takes any more, or `room` is used up. */
+static bool pump_queue(struct nbd *nbd, struct commands *queue, uint32_t *room)
 {
     struct command *command;
     while ((command = TAILQ_FIRST(queue))) {
         struct link *link = NULL;
+        if (!*room)
+            return false;
         bool wanted = !command->io->abandoned && !doubtful(nbd, command);
         if (wanted && !(link = idlest(nbd, command->uncompressed)))
             return false;
@@ -451,6 +489,8 @@ static bool pump_queue(struct nbd *nbd, struct commands *queue)
         }
         TAILQ_REMOVE(queue, command, entry);
         nbd->waiting_count--;
+        uint32_t cost = command->kind == IO_WRITE && command->bytes > COMMAND_COST ? command->bytes : COMMAND_COST;
+        *room -= cost < *room ? cost : *room;
         if (wanted)
             transmit(nbd, link, command);
         else
@@ -482,9 +522,12 @@ static void pump(struct nbd *nbd)
 {
     if (nbd->abandoned)
         end_abandoned(nbd);
-    if (pump_queue(nbd, &nbd->waiting[0]))
-        pump_queue(nbd, &nbd->waiting[1]);
-    pump_queue(nbd, &nbd->waiting[2]);
+    uint32_t room = TURN_BYTES;
+    if (pump_queue(nbd, &nbd->waiting[0], &room))
+        pump_queue(nbd, &nbd->waiting[1], &room);
+    pump_queue(nbd, &nbd->waiting[2], &room);
+    if (!room && nbd->waiting_count)
+        backend_wake_at(nbd->backend, 0); /* others first */
     struct ask *ask;
     struct link *link;
     while ((ask = first_unsent(nbd)) && (link = idlest(nbd, false)))
@@ -586,6 +629,7 @@ static void drop_link(struct nbd *nbd, struct link *link)
     nbd_close(link->nbd); /* calls nobody back */
     link->nbd = NULL;
     link->broken = false;
+    link->ready = 0;
     if (link->index != UNCOMPRESSED)
         nbd->up--;
     struct ask *ask, *next;
@@ -752,6 +796,25 @@ static void serve_link(struct link *link, uint32_t events)
         nbd_aio_notify_write(link->nbd);
 }
 
+/* What is ready, in turn. Those that are left are reported again, and begin. */
+static void serve(struct nbd *nbd)
+{
+    uint64_t until_ns = clock_ns() + TURN_NS;
+    bool in_time = true;
+    for (uint32_t n = 0, first = nbd->next_link; n < LINKS; n++) {
+        struct link *link = &nbd->links[(first + n) % LINKS];
+        uint32_t events = link->ready;
+        link->ready = 0;
+        if (!events || !in_time || !link->nbd || is_dead(link))
+            continue;
+        serve_link(link, events);
+        nbd->next_link = (link->index + 1) % LINKS;
+        in_time = clock_ns() < until_ns;
+    }
+    settle(nbd);
+    backend_wants_push(nbd->backend);
+}
+
 static void nbd_ready(struct backend *backend, uint32_t index, uint32_t events)
 {
     struct nbd *nbd = backend->state;
@@ -763,16 +826,18 @@ static void nbd_ready(struct backend *backend, uint32_t index, uint32_t events)
     }
     if (!link->nbd)
         return;
-    serve_link(link, events);
-    settle(nbd);
-    pump(nbd);
-    settle(nbd);
+    link->ready |= events;
+    nbd->some_ready = true;
+    backend_wake_at(backend, 0); /* when all that is ready is known */
 }
 
 static uint64_t nbd_tick(struct backend *backend, uint64_t now_ns)
 {
     struct nbd *nbd = backend->state;
     uint64_t next_ns = BACKEND_NEVER;
+    if (nbd->some_ready)
+        serve(nbd);
+    nbd->some_ready = false;
     for (uint32_t i = 0; i < LINKS && !nbd->given_up; i++) {
         struct link *link = &nbd->links[i];
         if (!is_wanted(nbd, i))
@@ -781,6 +846,11 @@ static uint64_t nbd_tick(struct backend *backend, uint64_t now_ns)
             start_attempt(nbd, link);
         if (link->retry_ns < next_ns)
             next_ns = link->retry_ns;
+    }
+    for (uint32_t i = 0; i < LINKS; i++) {
+        uint64_t due_ns = nbd->links[i].attempt ? nbd_attempt_look(nbd->links[i].attempt, now_ns) : BACKEND_NEVER;
+        if (due_ns < next_ns)
+            next_ns = due_ns;
     }
     if (nbd->waiting_count)
         backend_wants_push(backend);

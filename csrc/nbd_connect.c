@@ -2,10 +2,14 @@
  * that accepts a connection may say nothing for ever.
  *
  * A thread touches its attempt and its target, nothing of the engine. When it is over the connection belongs to whoever finishes the
- * attempt; an attempt that nobody wants any more is freed by its thread. */
+ * attempt; an attempt that nobody wants any more is freed by its thread.
+ *
+ * In the midst of the negotiation libnbd reads as long as there is something to read, and a server may send without end. So who waits for
+ * an attempt, or has no use for it any more, ends it by shutting its socket down. */
 #include "nbd_connect.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -32,8 +36,9 @@ struct nbd_target {
 struct nbd_attempt {
     struct nbd_target *target;
     pthread_mutex_t mutex;
-    bool over, abandoned, refused;
-    int event_fd;
+    bool over, abandoned, refused, late;
+    uint64_t deadline_ns;
+    int event_fd, socket; /* -1: there is none yet; a descriptor of its own, which is closed with the attempt */
     struct nbd_handle *nbd;
     vhc_backend_facts facts;
     char error[ERROR_BYTES];
@@ -220,45 +225,51 @@ static bool read_facts(struct nbd_handle *nbd, const struct nbd_target *target, 
     return true;
 }
 
-/* *refused: there is a server, and its export cannot be used. */
-static struct nbd_handle *connect_to(struct nbd_target *target, struct nbd_attempt *attempt, vhc_backend_facts *facts, bool *refused,
-                                     char *error, size_t error_bytes)
+/* The socket may have changed: an address after the other is tried. False: nobody waits any longer. */
+static bool reach(struct nbd_attempt *attempt, int fd)
 {
+    pthread_mutex_lock(&attempt->mutex);
+    if (attempt->socket >= 0)
+        close(attempt->socket);
+    attempt->socket = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    attempt->late |= clock_ns() > attempt->deadline_ns;
+    bool wanted = !attempt->abandoned && !attempt->late;
+    pthread_mutex_unlock(&attempt->mutex);
+    return wanted;
+}
+
+/* attempt->refused: there is a server, and its export cannot be used. */
+static struct nbd_handle *connect_to(struct nbd_attempt *attempt)
+{
+    struct nbd_target *target = attempt->target;
     struct nbd_handle *nbd = nbd_create();
-    uint64_t deadline_ns = clock_ns() + TIMEOUT_NS;
-    bool good = nbd && set_up(nbd, target), abandoned = false, late = false;
-    while (good && nbd_aio_is_connecting(nbd) && !abandoned && !late) {
-        good = negotiate(nbd);
-        late = clock_ns() > deadline_ns;
-        if (attempt) {
-            pthread_mutex_lock(&attempt->mutex);
-            abandoned = attempt->abandoned;
-            pthread_mutex_unlock(&attempt->mutex);
-        }
+    bool good = nbd && set_up(nbd, target), wanted = true;
+    while (good && nbd_aio_is_connecting(nbd) && wanted) {
+        wanted = reach(attempt, nbd_aio_get_fd(nbd));
+        good = wanted && negotiate(nbd);
     }
-    if (good && !abandoned && nbd_aio_is_ready(nbd)) {
+    pthread_mutex_lock(&attempt->mutex);
+    wanted = !attempt->abandoned && !attempt->late;
+    pthread_mutex_unlock(&attempt->mutex);
+    if (good && wanted && nbd_aio_is_ready(nbd)) {
         watch_peer(nbd_aio_get_fd(nbd));
-        if (read_facts(nbd, target, facts, error, error_bytes))
+        if (read_facts(nbd, target, &attempt->facts, attempt->error, sizeof attempt->error))
             return nbd;
-        *refused = true;
-    } else if (late) {
-        snprintf(error, error_bytes, "the server did not answer within 10 s");
+        attempt->refused = true;
+    } else if (!wanted) {
+        snprintf(attempt->error, sizeof attempt->error, "the server did not answer within 10 s");
     } else {
-        say_why(error, error_bytes);
+        say_why(attempt->error, sizeof attempt->error);
     }
     nbd_close(nbd);
     return NULL;
 }
 
-struct nbd_handle *nbd_connect_now(struct nbd_target *target, vhc_backend_facts *facts, char *error, size_t error_bytes)
-{
-    bool refused = false;
-    return connect_to(target, NULL, facts, &refused, error, error_bytes);
-}
-
 static void attempt_free(struct nbd_attempt *attempt)
 {
     nbd_close(attempt->nbd);
+    if (attempt->socket >= 0)
+        close(attempt->socket);
     close(attempt->event_fd);
     nbd_target_release(attempt->target);
     pthread_mutex_destroy(&attempt->mutex);
@@ -269,7 +280,7 @@ static void *work(void *argument)
 {
     struct nbd_attempt *attempt = argument;
     uint64_t one = 1;
-    attempt->nbd = connect_to(attempt->target, attempt, &attempt->facts, &attempt->refused, attempt->error, sizeof attempt->error);
+    attempt->nbd = connect_to(attempt);
     pthread_mutex_lock(&attempt->mutex);
     bool abandoned = attempt->abandoned;
     attempt->over = true;
@@ -302,6 +313,8 @@ struct nbd_attempt *nbd_attempt_start(struct nbd_target *target)
     if (!attempt)
         return NULL;
     attempt->target = target;
+    attempt->socket = -1;
+    attempt->deadline_ns = clock_ns() + TIMEOUT_NS;
     atomic_fetch_add(&target->references, 1);
     pthread_mutex_init(&attempt->mutex, NULL);
     attempt->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -310,6 +323,25 @@ struct nbd_attempt *nbd_attempt_start(struct nbd_target *target)
         return NULL;
     }
     return attempt;
+}
+
+static void hang_up(struct nbd_attempt *attempt)
+{
+    if (attempt->socket >= 0)
+        shutdown(attempt->socket, SHUT_RDWR);
+}
+
+uint64_t nbd_attempt_look(struct nbd_attempt *attempt, uint64_t now_ns)
+{
+    uint64_t due_ns = attempt->deadline_ns + LOOK_MS * 1000000ull; /* it notices by itself, if it can */
+    pthread_mutex_lock(&attempt->mutex);
+    if (!attempt->over && now_ns >= due_ns) {
+        attempt->late = true;
+        hang_up(attempt);
+        due_ns = now_ns + LOOK_MS * 1000000ull;
+    }
+    pthread_mutex_unlock(&attempt->mutex);
+    return due_ns;
 }
 
 int nbd_attempt_fd(const struct nbd_attempt *attempt)
@@ -336,7 +368,23 @@ void nbd_attempt_abandon(struct nbd_attempt *attempt)
     pthread_mutex_lock(&attempt->mutex);
     attempt->abandoned = true;
     bool over = attempt->over;
+    if (!over)
+        hang_up(attempt);
     pthread_mutex_unlock(&attempt->mutex);
     if (over)
         attempt_free(attempt);
+}
+
+struct nbd_handle *nbd_connect_now(struct nbd_target *target, vhc_backend_facts *facts, char *error, size_t error_bytes)
+{
+    bool refused;
+    struct nbd_attempt *attempt = nbd_attempt_start(target);
+    struct pollfd over = {.fd = attempt ? attempt->event_fd : -1, .events = POLLIN};
+    if (!attempt) {
+        snprintf(error, error_bytes, "no thread could be had to connect in");
+        return NULL;
+    }
+    while (poll(&over, 1, LOOK_MS) <= 0)
+        nbd_attempt_look(attempt, clock_ns());
+    return nbd_attempt_finish(attempt, facts, &refused, error, error_bytes);
 }

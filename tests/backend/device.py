@@ -85,6 +85,12 @@ class Device:
         self._words += [op.READ | len(slots) << 32, group | skip << 32, offset, length, *slots]
         return group
 
+    def read_other(self, index: int, offset: int) -> int:
+        """A block of another volume of the engine."""
+        group = self._number()
+        self._words += [op.READ | index << 8 | 1 << 32, group, offset, BLOCK, op.FIRST_SLOT]
+        return group
+
     def flush(self) -> int:
         group = self._number()
         self._words += [op.FLUSH, group]

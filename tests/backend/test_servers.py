@@ -233,6 +233,21 @@ def hole_too_long(connection: Connection, command: Command) -> None:
     connection.chunk(command.cookie, 2, struct.pack(">QI", command.offset, 0xFFFFFFFF))
 
 
+def the_same_chunk_for_ever(connection: Connection, command: Command) -> None:
+    piece = struct.pack(">Q", command.offset) + bytes(BLOCK)
+    while True:
+        connection.chunk(command.cookie, 1, piece, done=False)
+
+
+def nothing_for_ever(connection: Connection, command: Command) -> None:
+    while True:
+        connection.chunk(command.cookie, 1, struct.pack(">Q", command.offset), done=False)
+
+
+def half_of_the_chunks(connection: Connection, command: Command) -> None:
+    connection.chunk(command.cookie, 1, struct.pack(">Q", command.offset) + bytes(command.length // 2))
+
+
 def unknown_chunk(connection: Connection, command: Command) -> None:
     connection.chunk(command.cookie, 0x4242, bytes(100))
 
@@ -247,6 +262,7 @@ SIMPLE_LIES: list[Callable[[Connection, Command], None]] = [
 ]
 CHUNK_LIES: list[Callable[[Connection, Command], None]] = [
     *(huge_chunk, chunk_elsewhere, chunk_before, chunk_too_long, hole_too_long, unknown_chunk),
+    *(the_same_chunk_for_ever, nothing_for_ever, half_of_the_chunks),
 ]
 
 

@@ -20,8 +20,8 @@ HAS_FLAGS, FLAG_READ_ONLY, CAN_FLUSH, CAN_TRIM, CAN_ZERO, CAN_MULTI_CONN = 1, 2,
 OPT_EXPORT_NAME, OPT_ABORT, OPT_GO = 1, 2, 7
 OPT_STRUCTURED_REPLY, OPT_SET_META_CONTEXT = 8, 10
 REP_ACK, REP_INFO, REP_META_CONTEXT, REP_ERR_UNSUPPORTED = 1, 3, 4, 0x80000001
-CONTEXT, CHUNK_DATA, CHUNK_BLOCK_STATUS = 77, 1, 5
-INFO_EXPORT, INFO_BLOCK_SIZE = 0, 3
+CONTEXT, CHUNK_DATA, CHUNK_BLOCK_STATUS, CHUNK_ERROR = 77, 1, 5, 0x8001
+INFO_EXPORT, INFO_BLOCK_SIZE, INFO_NONSENSE = 0, 3, 0x4242
 
 Answer = Callable[["NbdServer", socket.socket, int, int, int, int], bool]
 """Asked for each request (server, connection, kind, cookie, offset, length): True if it has dealt with it."""
@@ -38,6 +38,7 @@ class NbdServer:
     answer: Answer | None = None
     structured: bool = False  # then `answer` has to answer what is in a block
     greeting: bytes | None = None  # instead of a negotiation
+    talks: bool = False  # without end, instead of finishing the negotiation
     kinds: list[int] = field(default_factory=list)
     connections: int = 0
 
@@ -46,6 +47,8 @@ class NbdServer:
         self.volatile = bytearray(self.size)
         self.go = threading.Event()  # requests wait for it
         self.go.set()
+        self.talking = threading.Event()
+        self.interrupted = threading.Event()
         self._lock = threading.Lock()
         self._open: list[socket.socket] = []
         self._listener: socket.socket | None = None
@@ -112,6 +115,8 @@ class NbdServer:
         while True:
             _, option, length = struct.unpack(">8sII", receive(connection, 16))
             receive(connection, length)
+            if option == OPT_GO and self.talks:
+                self._talk(connection)
             if option == OPT_GO:
                 export = struct.pack(">HQH", INFO_EXPORT, self.size, self.flags)
                 self._reply(connection, option, REP_INFO, export)
@@ -132,7 +137,16 @@ class NbdServer:
 
     @staticmethod
     def _reply(connection: socket.socket, option: int, kind: int, data: bytes) -> None:
-        connection.sendall(struct.pack(">QIII", OPTION_REPLY_MAGIC, option, kind, len(data)) + data)
+        connection.sendall(option_reply(option, kind, data))
+
+    def _talk(self, connection: socket.socket) -> None:
+        words = option_reply(OPT_GO, REP_INFO, struct.pack(">H", INFO_NONSENSE)) * 1000
+        try:
+            while True:
+                connection.sendall(words)
+                self.talking.set()
+        finally:
+            self.interrupted.set()
 
     def _request(self, connection: socket.socket) -> bool:
         magic, _, kind, cookie, offset, length = REQUEST.unpack(receive(connection, REQUEST.size))
@@ -173,8 +187,12 @@ def receive(connection: socket.socket, length: int) -> bytes:
     return data
 
 
-def chunk(kind: int, cookie: int, payload: bytes) -> bytes:
-    return struct.pack(">IHHQI", 0x668E33EF, 1, kind, cookie, len(payload)) + payload
+def option_reply(option: int, kind: int, data: bytes) -> bytes:
+    return struct.pack(">QIII", OPTION_REPLY_MAGIC, option, kind, len(data)) + data
+
+
+def chunk(kind: int, cookie: int, payload: bytes, last: bool = True) -> bytes:
+    return struct.pack(">IHHQI", 0x668E33EF, last, kind, cookie, len(payload)) + payload
 
 
 def block_status(cookie: int, *entries: tuple[int, int]) -> bytes:

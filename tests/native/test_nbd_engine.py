@@ -7,23 +7,25 @@ import os
 import random
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.backend.device import BLOCK, Device
+from tests.backend.device import BLOCK, Device, volume
 from tests.native import nbd_server
 from tests.native.nbd_server import (
     CAN_FLUSH,
     CAN_MULTI_CONN,
     FLAG_READ_ONLY,
     HAS_FLAGS,
+    Answer,
     NbdServer,
     fail,
     send,
 )
+from vhostcache.backend.base import Facts
 from vhostcache.engine import Engine
 from vhostcache.errors import EngineError
 
@@ -420,6 +422,79 @@ def test_what_was_known_of_holes_is_forgotten_with_the_connection(server: NbdSer
         for number in range(5):
             device.get(number * BLOCK, BLOCK)
         assert server.kinds.count(nbd_server.BLOCK_STATUS) <= asked + 1
+
+
+# -- it never stops --
+
+
+def for_ever(kind: int, piece: Callable[[int, int], bytes], rounds: list[int]) -> Answer:
+    """This, of cookie and length, a thousand times a round, in answer to requests of a kind."""
+
+    def answer(server: NbdServer, connection: socket.socket, asked: int, cookie: int, offset: int, length: int) -> bool:
+        while asked == kind:
+            connection.sendall(piece(cookie, length) * 1000)
+            rounds.append(1)
+        return False
+
+    return answer
+
+
+def test_other_volumes_go_on_beside_a_server_that_floods(server: NbdServer, tmp_path: Path) -> None:
+    rounds: list[int] = []
+    error = struct.pack(">IH", errno.EIO, 0)
+    server.structured = True
+    server.answer = for_ever(
+        nbd_server.READ, lambda cookie, _: nbd_server.chunk(nbd_server.CHUNK_ERROR, cookie, error, last=False), rounds
+    )
+    (tmp_path / "other.img").write_bytes(noise(MIB, "other"))
+    descriptor = os.open(tmp_path / "other.img", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        with opened(server) as device:
+            other = device.engine.file_backend(Facts(descriptor, MIB, False, False, 1, 1))
+            assert device.engine.add_volume(**volume(other, read_only=False)) == 1
+            flooded = device.read(0, BLOCK)
+            device.until(lambda: len(rounds) > 10)
+            for number in range(100):
+                before = len(rounds)
+                assert device.wait(device.read_other(1, number * BLOCK)) == [0]
+                if not number % 10:
+                    device.until(lambda before=before: len(rounds) > before)
+            assert flooded not in device.results
+    finally:
+        os.close(descriptor)
+
+
+def test_extents_without_end_are_garbage(server: NbdServer) -> None:
+    rounds: list[int] = []
+    piece = struct.pack(">III", nbd_server.CONTEXT, 4096, 0)
+    server.structured = True
+    server.answer = for_ever(
+        nbd_server.BLOCK_STATUS,
+        lambda cookie, _: nbd_server.chunk(nbd_server.CHUNK_BLOCK_STATUS, cookie, piece, last=False),
+        rounds,
+    )
+    with opened(server) as device:
+        device.get(0, BLOCK)
+        device.until(lambda: device.backend.statistics()["losses"] >= 1)
+
+
+def test_one_turn_hands_a_server_only_so_much(server: NbdServer) -> None:
+    with opened(server) as device:
+        for number in range(8):
+            device.write(number * MIB, noise(MIB, number))
+        device.turn(0)
+        assert device.backend.statistics()["commands"][1] < 6
+        assert set(device.wait()) == {0}
+        for number in range(8):
+            assert device.get(number * MIB, MIB) == noise(MIB, number)
+
+
+def test_nobody_listens_for_ever_to_a_server_that_only_negotiates(server: NbdServer) -> None:
+    with opened(server) as device:
+        server.talks = True
+        server.drop_connections()
+        device.until(server.talking.is_set)
+    assert server.interrupted.wait(20)
 
 
 # -- the end --

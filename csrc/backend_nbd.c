@@ -82,6 +82,7 @@ struct link {
     uint32_t watched; /* events */
     uint32_t ready;   /* those that have come, and wait for their turn */
     bool broken;
+    bool stale; /* made when the export was smaller: it is left when it has nothing in flight */
     uint64_t retry_ns, pause_ns;
     struct commands sent;
     uint32_t commands;
@@ -108,6 +109,7 @@ struct nbd {
     uint32_t waiting_count;
     uint64_t written, flushed; /* commands that have succeeded; how many of them a flush has covered */
     uint64_t doubts, doubts_told;
+    uint64_t leave_by_ns; /* stale links, whatever is in flight */
     vhc_backend_stats stats;
 };
 
@@ -446,7 +448,7 @@ static struct link *idlest(struct nbd *nbd, bool uncompressed)
         struct link *link = &nbd->links[i];
         if (!link->nbd || link->commands == MAX_LINK_COMMANDS || (link->commands && link->bytes >= MAX_LINK_BYTES) || is_dead(link))
             continue;
-        if (!nbd_aio_is_ready(link->nbd)) /* in the midst of a command or an answer: it would be kept, and sent with all others at once */
+        if (link->stale || !nbd_aio_is_ready(link->nbd)) /* in the midst of a command or an answer: it would be kept, and sent with all others at once */
             continue;
         if (!best || link->bytes < best->bytes || (link->bytes == best->bytes && link->commands < best->commands))
             best = link;
@@ -628,7 +630,7 @@ static void drop_link(struct nbd *nbd, struct link *link)
         watch_remove(nbd->backend->engine, fd);
     nbd_close(link->nbd); /* calls nobody back */
     link->nbd = NULL;
-    link->broken = false;
+    link->broken = link->stale = false;
     link->ready = 0;
     if (link->index != UNCOMPRESSED)
         nbd->up--;
@@ -648,9 +650,9 @@ static void drop_link(struct nbd *nbd, struct link *link)
     }
 }
 
-static void link_lost(struct nbd *nbd, struct link *link)
+/* What came over it is as it is after a loss: a flush on another connection may cover nothing of it. */
+static void leave_link(struct nbd *nbd, struct link *link)
 {
-    nbd->stats.losses++;
     if (nbd->holes)
         holes_forget(nbd->holes); /* a server that has lost what it had written may have lost zeroes */
     drop_link(nbd, link);
@@ -658,9 +660,15 @@ static void link_lost(struct nbd *nbd, struct link *link)
         nbd->doubts++;
         nbd->flushed = nbd->written; /* until more is written there is nothing more to doubt */
     }
+    backend_wants_push(nbd->backend);
+}
+
+static void link_lost(struct nbd *nbd, struct link *link)
+{
+    nbd->stats.losses++;
+    leave_link(nbd, link);
     schedule(nbd, link);
     tell_lost(nbd, "the connection has broken");
-    backend_wants_push(nbd->backend);
 }
 
 /* What libnbd has ended, and the connections that have. */
@@ -831,13 +839,33 @@ static void nbd_ready(struct backend *backend, uint32_t index, uint32_t events)
     backend_wake_at(backend, 0); /* when all that is ready is known */
 }
 
+/* Links that do not know how large the export is now. A server may fall over a client that leaves in the middle. */
+static uint64_t leave_stale(struct nbd *nbd, uint64_t now_ns)
+{
+    uint64_t next_ns = BACKEND_NEVER;
+    for (uint32_t i = 0; i < LINKS; i++) {
+        struct link *link = &nbd->links[i];
+        if (!link->nbd || !link->stale)
+            continue;
+        if (link->commands && now_ns < nbd->leave_by_ns) {
+            next_ns = nbd->leave_by_ns;
+            continue;
+        }
+        if (!link->commands && !is_dead(link))
+            nbd_aio_disconnect(link->nbd, 0); /* as is polite */
+        leave_link(nbd, link);
+        link->retry_ns = 0;
+    }
+    return next_ns;
+}
+
 static uint64_t nbd_tick(struct backend *backend, uint64_t now_ns)
 {
     struct nbd *nbd = backend->state;
-    uint64_t next_ns = BACKEND_NEVER;
     if (nbd->some_ready)
         serve(nbd);
     nbd->some_ready = false;
+    uint64_t next_ns = leave_stale(nbd, now_ns);
     for (uint32_t i = 0; i < LINKS && !nbd->given_up; i++) {
         struct link *link = &nbd->links[i];
         if (!is_wanted(nbd, i))
@@ -959,6 +987,31 @@ static const struct backend_ops nbd_ops = {
     .read_stats = nbd_read_stats,
     .close = nbd_end,
 };
+
+void vhc_backend_nbd_renew(vhc_backend *backend, uint64_t size_bytes)
+{
+    while (backend->below)
+        backend = backend->below;
+    struct nbd *nbd = backend->state;
+    assert(backend->ops == &nbd_ops && size_bytes >= backend->facts.size_bytes);
+    backend->facts.size_bytes = size_bytes; /* connections to a smaller one are refused from now on */
+    nbd->leave_by_ns = clock_ns() + DRAIN_NS;
+    for (uint32_t i = 0; i < LINKS; i++)
+        nbd->links[i].stale = nbd->links[i].nbd != NULL;
+    backend_wake_at(backend, 0);
+}
+
+int vhc_nbd_probe(const vhc_nbd_config *config, vhc_backend_facts *facts, char *error, size_t error_bytes)
+{
+    struct nbd_target *target = nbd_target_new(config, error, error_bytes);
+    struct nbd_handle *handle = target ? nbd_connect_now(target, facts, error, error_bytes) : NULL;
+    if (handle)
+        nbd_aio_disconnect(handle, 0);
+    nbd_close(handle);
+    if (target)
+        nbd_target_release(target);
+    return handle ? 0 : -1;
+}
 
 static struct backend *make(vhc_engine *engine, struct nbd_target *target, const vhc_backend_facts *facts, char *error, size_t error_bytes)
 {

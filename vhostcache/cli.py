@@ -434,7 +434,7 @@ def serve(file: str, check: bool, incoming: bool, discard_dirty_data: tuple[str,
 def resize(name: str, size: str, control: str | None) -> None:
     """Give the disk NAME that SIZE: its image is extended, and a running guest is told. Disks are never made smaller.
 
-    A block device has to be grown first, by whatever means it has; SIZE is what it has then.
+    A block device and an NBD export have to be grown first, by whatever means they have; SIZE is what they have then.
 
     \b
       vhostcache resize --control /run/vhostcache/control.sock vda 20GiB

@@ -809,6 +809,7 @@ class Daemon:
 
         served.growing = True
         assert not isinstance(served.volume, Away)
+        served.backend.resized()
         served.volume.grow(growth.size_bytes, grown)
         self._deadlines[index] = 0
 

@@ -115,9 +115,7 @@ class EngineBackend:
         """As they are now."""
         found = ffi.new("vhc_backend_facts *")
         lib.vhc_backend_read_facts(self.handle, found)
-        numbers = {name: int(getattr(found, name)) for name in _FACTS_NUMBERS}
-        flags = {name: bool(getattr(found, name)) for name in _FACTS_FLAGS}
-        return Facts(descriptor=self._descriptor, direct=found.align_io_bytes > 1, **numbers, **flags)  # type: ignore[arg-type]
+        return _facts(found, self._descriptor)
 
     @property
     def message(self) -> str:
@@ -131,6 +129,10 @@ class EngineBackend:
         result: dict[str, Any] = {name: int(getattr(stats, name)) for name in _BACKEND_COUNTERS}
         result.update((name, list(getattr(stats, name))) for name in _BACKEND_ARRAYS)
         return result
+
+    def renew(self, size_bytes: int) -> None:
+        """An NBD export has grown to that: the connections are made anew, and only those to one that large are used."""
+        lib.vhc_backend_nbd_renew(self.handle, size_bytes)
 
     def give_up(self) -> None:
         """Wait for nothing any more: all I/O ends in error, now and later."""
@@ -168,6 +170,16 @@ class EngineBackend:
             result = int(lib.vhc_backend_sync_wait(self.handle))
         if result:
             raise OSError(-result, os.strerror(-result))
+
+
+def _facts(found: Any, descriptor: int = -1) -> Facts:
+    numbers = {name: int(getattr(found, name)) for name in _FACTS_NUMBERS}
+    flags = {name: bool(getattr(found, name)) for name in _FACTS_FLAGS}
+    return Facts(descriptor=descriptor, direct=found.align_io_bytes > 1, **numbers, **flags)  # type: ignore[arg-type]
+
+
+def _c_strings(*texts: str | None) -> list[Any]:
+    return [ffi.NULL if text is None else ffi.new("char[]", os.fsencode(text)) for text in texts]
 
 
 def _checked_handle(handle: Any, error: Any) -> Any:
@@ -242,13 +254,30 @@ class Engine:
         `uncompressed_uri`: the same image without QEMU's compress filter, which has to take what that one refuses.
         """
         error = ffi.new("char[]", _ERROR_BYTES)
-        texts = [
-            ffi.NULL if text is None else ffi.new("char[]", os.fsencode(text))
-            for text in (uri, tls_certificates, tls_psk_file, tls_username, uncompressed_uri)
-        ]
+        texts = _c_strings(uri, tls_certificates, tls_psk_file, tls_username, uncompressed_uri)
         config = ffi.new("vhc_nbd_config *", [*texts[:4], connections, tls_verify, read_only, texts[4]])
         handle = lib.vhc_backend_nbd(self._engine, config, error, _ERROR_BYTES)
         return EngineBackend(_checked_handle(handle, error))
+
+    def nbd_facts(
+        self,
+        uri: str,
+        *,
+        read_only: bool = False,
+        tls_certificates: str | None = None,
+        tls_psk_file: str | None = None,
+        tls_username: str | None = None,
+        tls_verify: bool = True,
+    ) -> Facts:
+        """What the export is now, by a connection of its own; waits for that. Any thread may ask. EngineError: one
+        line says why not."""
+        error = ffi.new("char[]", _ERROR_BYTES)
+        facts = ffi.new("vhc_backend_facts *")
+        texts = _c_strings(uri, tls_certificates, tls_psk_file, tls_username)
+        config = ffi.new("vhc_nbd_config *", [*texts, 1, tls_verify, read_only, ffi.NULL])
+        if lib.vhc_nbd_probe(config, facts, error, _ERROR_BYTES) < 0:
+            raise EngineError("backend", ffi.string(error).decode(errors="replace"))
+        return _facts(facts)
 
     # Volumes.
 

@@ -80,6 +80,12 @@ class NbdServer:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
+    def grow(self, size: int) -> None:
+        """Who connects from now on sees it."""
+        for content in (self.durable, self.volatile):
+            content.extend(bytes(size - len(content)))
+        self.size = size
+
     def lose_power(self) -> None:
         self.volatile[:] = self.durable
 

@@ -424,6 +424,72 @@ def test_what_was_known_of_holes_is_forgotten_with_the_connection(server: NbdSer
         assert server.kinds.count(nbd_server.BLOCK_STATUS) <= asked + 1
 
 
+# -- it grows --
+
+
+def test_what_is_under_way_when_an_export_has_grown_is_answered_before_its_connection_is_left(
+    server: NbdServer,
+) -> None:
+    with opened(server, connections=3) as device:
+        device.until(lambda: device.backend.statistics()["connections"] == 3)
+        server.go.clear()
+        writes = [device.write(n * BLOCK, noise(BLOCK, n)) for n in range(30)]
+        device.until(lambda: device.backend.statistics()["in_flight"] == 30)
+        server.grow(2 * SIZE)
+        device.backend.renew(2 * SIZE)
+        late = device.write(40 * BLOCK, noise(BLOCK, "late"))
+        device.turn(0)
+        server.go.set()
+        assert set(device.wait(*writes, late)) == {0}
+        device.until(lambda: device.backend.statistics()["connections"] == 3)
+        assert server.connections == 6
+        statistics = device.backend.statistics()
+        assert (statistics["repeated"], statistics["losses"]) == (0, 0)
+        assert not happened(device, LOST)
+        device.engine.grow_volume(0, 2 * SIZE)
+        device.put(2 * SIZE - BLOCK, noise(BLOCK, "end"))
+        assert device.get(2 * SIZE - BLOCK, BLOCK) == noise(BLOCK, "end")
+        for n in range(30):
+            assert device.get(n * BLOCK, BLOCK) == noise(BLOCK, n)
+
+
+def test_what_is_never_answered_on_the_old_connection_is_sent_again_on_the_new_one(server: NbdServer) -> None:
+    with opened(server) as device:
+        device.put(MIB, b"1" * BLOCK)
+        server.answer = lambda server, connection, kind, cookie, offset, length: True
+        write = device.write(0, b"2" * BLOCK)
+        device.until(lambda: server.kinds.count(nbd_server.WRITE) == 2)
+        server.answer = None
+        server.grow(2 * SIZE)
+        device.backend.renew(2 * SIZE)
+        assert device.wait(write) == [0]
+        assert device.backend.statistics()["repeated"] == 1
+        assert device.wait(device.flush()) == [-errno.ECONNRESET], "it may cover nothing of the old connection's"
+        device.put(MIB, b"1" * BLOCK)
+        device.sync()
+
+
+def test_a_connection_to_an_export_that_is_smaller_again_is_not_used(server: NbdServer) -> None:
+    with opened(server) as device:
+        device.backend.renew(2 * SIZE)
+        write = device.write(0, b"3" * BLOCK)
+        device.until(lambda: happened(device, REFUSED))
+        assert "is smaller than it was" in device.backend.message
+        assert write not in device.results
+        server.grow(2 * SIZE)
+        assert device.wait(write) == [0]
+
+
+def test_what_an_export_is_now_can_be_asked_beside_its_connections(server: NbdServer) -> None:
+    with opened(server) as device:
+        server.grow(2 * SIZE)
+        assert device.engine.nbd_facts(server.uri).size_bytes == 2 * SIZE
+        server.stop()
+        with pytest.raises(EngineError) as caught:
+            device.engine.nbd_facts(server.uri)
+        assert "\n" not in str(caught.value)
+
+
 # -- it never stops --
 
 

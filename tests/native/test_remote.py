@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,13 +17,14 @@ import yaml
 
 from tests.backend.servers import Server, nbdkit
 from tests.frontend import T_FLUSH, Frontend
-from tests.guest import VHOSTCACHE
+from tests.guest import VHOSTCACHE, GuestError
 from tests.native.conftest import MIB, NativeDaemon, noise
 
 DISK_BYTES = 64 * MIB
 TIMEOUT_S = 60
 FORMATS = ["raw", "qcow2", "compressed", "luks"]
 KEY = "opensesame"
+DIE_AT = Path(__file__).with_name("die_at.py")
 
 
 def run(*command: str | Path, check: bool = True) -> "subprocess.CompletedProcess[str]":
@@ -356,6 +358,73 @@ def test_an_nbd_server_that_comes_and_goes_loses_nothing(
             disk.daemon.wait_for("backend-recovered", count=round_)
         disk.assert_reads(frontend)
     assert content(tmp_path / "disk.image", "raw") == disk.expected
+
+
+def resize(folder: Path, size_bytes: int) -> "subprocess.CompletedProcess[str]":
+    return run(VHOSTCACHE, "resize", "vda", str(size_bytes), "--control", folder / "control.sock", check=False)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["ram", "cache"])
+def test_an_export_that_its_server_has_grown_grows_while_it_is_in_use(
+    nbd_disk: MakeDisk, tmp_path: Path, cached: bool
+) -> None:
+    disk = nbd_disk(cached, destage_after="1ms")
+    if cached:
+        disk.write_config(drain_on_exit=True)
+    image, grown, end = tmp_path / "disk.image", DISK_BYTES + 16 * MIB, noise(65536, "end")
+    with disk.daemon, Frontend(disk.socket) as frontend:
+        disk.change(frontend, "before", 20)
+        refused = resize(tmp_path, grown).stderr
+        assert f"has {DISK_BYTES} bytes; expected {grown}; grow it at its server first" in refused
+        os.truncate(image, grown)
+        assert f"has {grown} bytes already; ask for these" in resize(tmp_path, grown - MIB).stderr
+        assert "80 MiB" in resize(tmp_path, grown).stdout
+        assert frontend.capacity == grown
+        disk.change(frontend, "after", 20)
+        frontend.write(grown - len(end), end)
+        frontend.flush()
+        disk.assert_reads(frontend)
+        assert frontend.read(grown - len(end), len(end)) == end
+        assert not disk.daemon.events("backend-lost")
+    found = content(image, "raw")
+    assert (len(found), found[:DISK_BYTES], found[-len(end) :]) == (grown, disk.expected, end)
+    with disk.daemon, Frontend(disk.socket) as frontend:
+        assert frontend.capacity == grown
+        disk.assert_reads(frontend)
+
+
+@pytest.mark.parametrize("step", range(1, 5))
+def test_a_kill_at_each_step_while_an_export_grows_loses_nothing(nbd_disk: MakeDisk, tmp_path: Path, step: int) -> None:
+    """1: when the server has been asked; 2 and 3: before the first and the second superblock; 4: when they have been
+    written, and the guest has not been told."""
+    disk = nbd_disk()
+    grown = DISK_BYTES + 16 * MIB
+    disk.daemon.program = [sys.executable, str(DIE_AT), f"resize:{step}"]
+    disk.daemon.start()
+    with Frontend(disk.socket) as frontend:
+        disk.change(frontend, "before", 20)
+        frontend.flush()
+        disk.change(frontend, "acknowledged", 20)
+        os.truncate(tmp_path / "disk.image", grown)
+        assert resize(tmp_path, grown).returncode != 0
+    with pytest.raises(GuestError):
+        disk.daemon.wait()
+    disk.daemon.program = [str(VHOSTCACHE)]
+    with disk.daemon, Frontend(disk.socket) as frontend:
+        assert frontend.capacity == grown
+        disk.assert_reads(frontend)
+        frontend.write(grown - 4096, noise(4096, "end"))
+        frontend.flush()
+
+
+def test_a_server_that_is_away_grows_nothing(nbd_disk: MakeDisk, server: Server, tmp_path: Path) -> None:
+    disk = nbd_disk()
+    with disk.daemon, Frontend(disk.socket) as frontend:
+        server.kill()
+        refused = resize(tmp_path, DISK_BYTES + MIB)
+        assert refused.returncode == 1
+        assert len(refused.stderr.splitlines()) == 1
+        assert frontend.capacity == DISK_BYTES
 
 
 def test_a_cache_knows_its_export_by_where_it_is(nbd_disk: MakeDisk, server: Server, tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ class Opened(Protocol):
     def write(self, offset_bytes: int, data: bytes) -> None: ...
     def zero(self, offset_bytes: int, size_bytes: int) -> None: ...
     def flush(self) -> None: ...
+    def renew(self, size_bytes: int) -> None: ...
     def give_up(self) -> None: ...
     def close(self) -> None: ...
 
@@ -107,6 +108,16 @@ class Opener(Protocol):
         tls_verify: bool,
         uncompressed_uri: str | None,
     ) -> Opened: ...
+    def nbd_facts(
+        self,
+        uri: str,
+        *,
+        read_only: bool,
+        tls_certificates: str | None,
+        tls_psk_file: str | None,
+        tls_username: str | None,
+        tls_verify: bool,
+    ) -> Facts: ...
     def wrap_backend(self, below: Any, kind: str, parameters: str) -> Opened: ...
 
 
@@ -146,6 +157,9 @@ class Backend(ABC):
         smaller. ImageError: it is as it was. May wait as long as the storage does: called in a thread of its own, one
         at a time, while the engine goes on."""
         raise ImageError(self.identity, f"is of type {self.kind}, which cannot be resized")
+
+    def resized(self) -> None:  # noqa: B027 - most have no need
+        """`resize` has succeeded, and the engine is about to use what there is more. Never waits."""
 
     @property
     @abstractmethod

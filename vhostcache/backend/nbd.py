@@ -6,6 +6,7 @@ leads and by its size, as it does a block device. What becomes of the connection
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar, Final
 
 from vhostcache.backend.base import Backend, Notice, Opened, Opener, Stamp, identity_bytes
@@ -55,10 +56,12 @@ class NbdBackend(Backend):
     """See the module."""
 
     kind: ClassVar[str] = "nbd"
+    can_resize: ClassVar[bool] = True
 
     def __init__(self, config: NbdBackendConfig, opener: Opener, read_only: bool) -> None:
         """Connect. ImageError: one line."""
         self._config = config
+        self._opener = opener
         self._connection = Connection(config.label)
         self._opened = connect(self.identity, config, opener, read_only)
         self.facts = self._opened.facts
@@ -89,6 +92,32 @@ class NbdBackend(Backend):
     def settle(self) -> Stamp:
         return self.stamp()
 
+    def resize(self, size_bytes: int) -> None:
+        """See Backend. Its server must have grown it already, and tell that to those who connect from now on."""
+        try:
+            found = self._opener.nbd_facts(self._config.uri, read_only=self.facts.read_only, **_tls(self._config))
+        except EngineError as error:
+            raise ImageError(self.identity, error.found, error.expected, error.hint) from error
+        if found.size_bytes < size_bytes:
+            raise ImageError(
+                self.identity, f"has {found.size_bytes} bytes", f"{size_bytes}", "grow it at its server first"
+            )
+        if found.size_bytes > size_bytes:
+            hint = f"ask for these: resize to {found.size_bytes}"
+            raise ImageError(self.identity, f"has {found.size_bytes} bytes already", hint=hint)
+        align_bytes = self.facts.align_io_bytes
+        if size_bytes % align_bytes or found.align_io_bytes > align_bytes:
+            raise ImageError(
+                self.identity,
+                f"has {size_bytes} bytes, in blocks of {found.align_io_bytes}",
+                f"a multiple of {align_bytes}, in blocks of at most that",
+                "to be used as it is now it has to be opened anew: end the daemon and start it again",
+            )
+        self.facts = dataclasses.replace(self.facts, size_bytes=size_bytes)
+
+    def resized(self) -> None:
+        self._opened.renew(self.facts.size_bytes)
+
     @property
     def can_be_marked(self) -> bool:
         return False
@@ -112,11 +141,8 @@ def connect(
             config.uri,
             connections=config.connections,
             read_only=read_only,
-            tls_certificates=config.tls_certificates,
-            tls_psk_file=config.tls_psk_file,
-            tls_username=config.tls_username,
-            tls_verify=config.tls_verify,
             uncompressed_uri=uncompressed_uri,
+            **_tls(config),
         )
     except EngineError as error:
         raise ImageError(subject, error.found, error.expected, error.hint) from error
@@ -126,6 +152,15 @@ def connect(
         opened.close()
         raise
     return opened
+
+
+def _tls(config: NbdBackendConfig) -> dict[str, Any]:
+    return {
+        "tls_certificates": config.tls_certificates,
+        "tls_psk_file": config.tls_psk_file,
+        "tls_username": config.tls_username,
+        "tls_verify": config.tls_verify,
+    }
 
 
 def _refuse(subject: str, size_bytes: int, is_read_only: bool) -> None:

@@ -12,14 +12,16 @@ import errno
 import json
 import mmap
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from vhostcache import cli_words as words
+from vhostcache.cli_options import ConfigOption, given, tls_options
 from vhostcache.errors import ImageError, UsageError, why
 
 if TYPE_CHECKING:
@@ -88,11 +90,20 @@ def info_command(cache: str, top: int, ram_dir: str | None) -> None:
 @click.command(short_help="Read all of a cache file and hold it against its checksums.")
 @_MAYBE_CACHE
 @_BACKEND
+@tls_options
 @_CONFIG
 @_VOLUME
 @_RAM_DIR
+@click.pass_context
 def check_command(
-    cache: str | None, backend: str | None, config: str | None, volume: str | None, ram_dir: str | None
+    context: click.Context,
+    /,
+    cache: str | None,
+    backend: str | None,
+    config: str | None,
+    volume: str | None,
+    ram_dir: str | None,
+    **tls: Any,
 ) -> None:
     """Read all of CACHE, which is not changed, and hold every block against its checksum.
 
@@ -107,7 +118,7 @@ def check_command(
     """
     from vhostcache.log import offline
 
-    chosen = _Chosen(cache, backend, config, volume, ram_dir)
+    chosen = _Chosen(cache, backend, config, volume, ram_dir, given(context, tls))
     cache = chosen.cache
     with _opened(cache, chosen.ram_dir) as (file, tier), _image(chosen, read_only=True) as image:
         facts = _facts(image.backend, file) if image is not None else None
@@ -148,6 +159,7 @@ def check_command(
 @click.command(short_help="Write what only a cache file has back to its image.")
 @_MAYBE_CACHE
 @_BACKEND
+@tls_options
 @_CONFIG
 @_VOLUME
 @click.option(
@@ -172,7 +184,10 @@ def check_command(
     " A file system that others have mounted meanwhile may be damaged by that. Never an image that has shrunk.",
 )
 @_RAM_DIR
+@click.pass_context
 def drain_command(
+    context: click.Context,
+    /,
     cache: str | None,
     backend: str | None,
     config: str | None,
@@ -182,6 +197,7 @@ def drain_command(
     accept_moved: bool,
     accept_changed_image: bool,
     ram_dir: str | None,
+    **tls: Any,
 ) -> None:
     """Write everything that only CACHE has back to its image, as a daemon would.
 
@@ -198,7 +214,7 @@ def drain_command(
     from vhostcache.log import offline, recovery
     from vhostcache.tierfile import TierFolder
 
-    chosen = _Chosen(cache, backend, config, volume, ram_dir)
+    chosen = _Chosen(cache, backend, config, volume, ram_dir, given(context, tls))
     cache, ram_dir = chosen.cache, chosen.ram_dir
     if chosen.backend is None:
         raise UsageError("--backend", "the image is missing", "an image or an NBD URI, or --config")
@@ -307,11 +323,23 @@ class _Chosen:
     backend: FileBackendConfig | NbdBackendConfig | QsdBackendConfig | None = None
 
     def __init__(
-        self, cache: str | None, backend: str | None, config: str | None, volume: str | None, ram_dir: str | None
+        self,
+        cache: str | None,
+        backend: str | None,
+        config: str | None,
+        volume: str | None,
+        ram_dir: str | None,
+        tls: Iterable[tuple[ConfigOption, Any]],
     ) -> None:
         from vhostcache.config import MIB
 
+        options = {option.opts[0]: (option.place[-1], value) for option, value in tls if value is not None}
+
         self.object_bytes = 64 * MIB  # a multiple of every cluster
+        if options and (backend is None or not backend.lower().startswith("nbds")):
+            raise UsageError(
+                next(iter(options)), "is of no use without TLS; allowed: together with --backend nbds://..."
+            )
         if config is not None:
             if backend is not None:
                 raise UsageError("--backend", "found beside --config", "one of the two")
@@ -322,7 +350,7 @@ class _Chosen:
         elif volume is not None:
             raise UsageError("--volume", "found without --config", "both or none")
         elif backend is not None:
-            self.backend = _backend_config(backend)
+            self.backend = _backend_config(backend, options)
         if not cache:
             raise UsageError("CACHE", "the cache file is missing", "its path, or --config and --volume")
         self.cache, self.ram_dir = cache, ram_dir
@@ -341,17 +369,24 @@ def _volume_of(config: str, volume: str | None) -> VolumeConfig:
     return found
 
 
-def _backend_config(backend: str) -> FileBackendConfig | NbdBackendConfig:
+def _backend_config(backend: str, options: dict[str, tuple[str, Any]]) -> FileBackendConfig | NbdBackendConfig:
+    """`options`: name -> key of the backend, value."""
     from pydantic import ValidationError
 
     from vhostcache.config_backend import FileBackendConfig, NbdBackendConfig, is_nbd_uri
 
     try:
         if is_nbd_uri(backend):
-            return NbdBackendConfig.model_validate({"type": "nbd", "uri": backend})
+            return NbdBackendConfig.model_validate({"type": "nbd", "uri": backend, **dict(options.values())})
         return FileBackendConfig(path=backend)
     except ValidationError as error:
-        context = error.errors()[0].get("ctx", {})
+        detail = error.errors()[0]
+        context = detail.get("ctx", {})
+        names = {key: name for name, (key, _) in options.items()}
+        wrong = next((key for key in (context.get("key"), *detail["loc"]) if key in names), None)
+        if wrong is not None:
+            message = re.sub(r"\btls_\w+", lambda match: names[match[0]], detail["msg"])
+            raise UsageError(names[str(wrong)], message) from None
         raise UsageError("--backend", f"found '{backend}'; allowed: {context.get('allowed', 'a path')}") from None
 
 

@@ -1,6 +1,21 @@
-"""How the commands say a size, a duration and a number of things to a person."""
+"""What the program is called, and how its commands say a size, a duration and a number of things to a person."""
 
 from __future__ import annotations
+
+from typing import Final
+
+PROGRAM: Final = "vhostcache"
+
+
+def version() -> str:
+    """Of the package that is installed."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed(PROGRAM)
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def size(size_bytes: int) -> str:

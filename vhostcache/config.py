@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -487,8 +488,11 @@ class _Tree:
 
 def explain_options(error: ValidationError, options: dict[_Place, str]) -> UsageError:
     """The same explanation where the values came from options: places become their names."""
+    names = {str(place[-1]): option for place, option in options.items()} | {"cache.path": "--cache"}
+    spelled = "|".join(re.escape(key) for key in names if not key.isalpha())
 
     def at(place: _Place, message: str) -> UsageError:
+        message = re.sub(rf"\b({spelled})\b", lambda match: names[match[0]], message)
         return UsageError(options.get(place) or _spell(place), message)
 
     return _explain(error, Config, at)

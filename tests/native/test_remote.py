@@ -464,3 +464,34 @@ def test_export_takes_the_uri_of_an_nbd_server(server: Server, tmp_path: Path) -
             assert (tmp_path / "disk.image").read_bytes()[MIB : MIB + 65536] == noise(65536, "export")
         status = run(VHOSTCACHE, "status", "--json", socket).stdout
         assert '"backend_status": {"type": "nbd", "state": "connected", "reconnects": 0}' in status
+
+
+def test_a_server_with_tls_is_served_and_drained_to_by_options_alone(tmp_path: Path) -> None:
+    image, keys, socket, cache = (tmp_path / name for name in ("disk.img", "keys.psk", "s", "cache"))
+    image.write_bytes(bytes(DISK_BYTES))
+    keys.write_text("alice:" + "5a" * 32 + "\n")
+    tls = ("--tls-psk-file", str(keys), "--tls-username", "alice")
+    ram = ("--ram-dir", str(tmp_path / "ram"))
+    with nbdkit(tmp_path, "--tls=require", f"--tls-psk={keys}", "file", image) as server:
+        uri = f"nbds+unix:///?socket={server.socket}"
+        caching = ("--cache", str(cache), "--cache-size", "64MiB", *ram, "--ram", "32MiB", "--destage", "off")
+        tuned = ("--policy", "ordered", "--max-batched-objects", "2", "--destage-threshold", "90", "--readahead", "0")
+        with NativeDaemon(tmp_path / "log", "export", uri, "--socket", socket, *caching, *tuned, *tls) as daemon:
+            with Frontend(socket) as frontend:
+                frontend.write(MIB, noise(MIB, "tls"))
+                frontend.flush()
+            daemon.stop()
+        refused = run(VHOSTCACHE, "drain", cache, "--backend", uri, *ram, check=False)
+        assert refused.returncode == 1
+        assert refused.stderr.count("\n") == 1
+        run(VHOSTCACHE, "drain", cache, "--backend", uri, *tls, *ram)
+    assert image.read_bytes()[MIB : 2 * MIB] == noise(MIB, "tls")
+
+
+def test_all_disks_of_a_file_may_come_by_migration_but_for_those_of_a_qemu_storage_daemon(tmp_path: Path) -> None:
+    config = tmp_path / "disks.yaml"
+    disk = {"name": "a", "socket": "s", "backend": {"type": "qsd", **make_image(tmp_path / "a.img", "raw")}}
+    config.write_text(yaml.safe_dump({"volumes": [disk]}))
+    refused = run(VHOSTCACHE, "serve", config, "--incoming", "--check", check=False)
+    assert refused.returncode == 2
+    assert "--incoming: volume 'a' has a backend of type qsd; allowed: file and nbd" in refused.stderr

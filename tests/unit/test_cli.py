@@ -18,10 +18,15 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from pydantic import BaseModel
 from rich.console import Console
 
 from tests.guest import VHOSTCACHE
+from vhostcache.cli_options import ConfigOption
+from vhostcache.cli_serve import export_command
 from vhostcache.cli_status import print_status, remarks, troubles
+from vhostcache.config import CacheConfig, Config, VolumeConfig, parse_duration, parse_size
+from vhostcache.config_backend import NbdBackendConfig
 
 TIMEOUT_S = 60  # a safety net
 MIB = 1 << 20
@@ -112,6 +117,47 @@ def test_every_mode_is_explained_in_the_help() -> None:
         assert f"\n    {mode} " in text
 
 
+def keys(model: type[BaseModel], *around: str) -> Iterator[tuple[str, ...]]:
+    """Of a model and the models in it."""
+    for key in model.model_fields:
+        if key == "cache":
+            yield from keys(CacheConfig, *around, key)
+        elif key == "backend":
+            yield from keys(NbdBackendConfig, *around, key)
+        else:
+            yield (*around, key)
+
+
+def config_options() -> dict[tuple[str, ...], ConfigOption]:
+    return {option.place: option for option in export_command.params if isinstance(option, ConfigOption)}
+
+
+def test_every_key_of_the_file_is_an_option_of_export() -> None:
+    in_the_file = {*keys(VolumeConfig), *keys(Config)} - {("volumes",)}
+    # What IMAGE says, and what is for tests.
+    in_the_file -= {("backend", key) for key in ("type", "uri", "wrap")}
+    assert set(config_options()) == in_the_file
+
+
+def test_every_option_is_explained_in_one_line_and_says_its_default() -> None:
+    help_text = vhostcache("export", "--help", env={**os.environ, "COLUMNS": "110"}).stdout
+    models: dict[str, type[BaseModel]] = {"cache": CacheConfig, "backend": NbdBackendConfig}
+    for place, option in config_options().items():
+        (line,) = [line for line in help_text.splitlines() if line.startswith(f"  {option.opts[0]} ")]
+        said = re.search(r"\[default: (.*)\]", line)
+        model = Config if option.of_daemon else models.get(place[0], VolumeConfig) if place[1:] else VolumeConfig
+        default = model.model_fields[place[-1]].default
+        if default in (None, False) or model.model_fields[place[-1]].is_required():
+            continue  # none, or a rule
+        assert said is not None, line
+        value: object = {"on": True}.get(said[1], said[1])
+        if option.type.name in ("size", "time"):
+            value = (parse_size if option.type.name == "size" else parse_duration)(said[1])
+        elif place == ("socket_mode",):
+            value = int(said[1], 8)
+        assert str(value) == str(default), line
+
+
 def test_the_version_is_that_of_the_package() -> None:
     done = vhostcache("version")
     assert done.stdout.startswith("vhostcache ")
@@ -155,7 +201,34 @@ def test_the_version_is_that_of_the_package() -> None:
         ),
         (["export", "x.img", "--socket", "s", "--cache", "c", "--destage", "no"], "'no' is not one of 'on', 'off'"),
         (["export", "x.img", "--socket", "s", "--cache", "x.img"], "--cache: found '"),
-        (["export", "x.img", "--socket", "s", "--cache", "c", "--read-only"], "--cache: a read_only disk has no use"),
+        (["export", "x.img", "--socket", "s", "--cache", "c", "--read-only"], "--cache: a --read-only disk has no use"),
+        (
+            ["export", "x.img", "--socket", "s", "--destage-threshold", "30"],
+            "--destage-threshold: is of no use without a cache file; allowed: together with --cache",
+        ),
+        (
+            ["export", "x.img", "--socket", "s", "--cache", "c", "--destage-threshold", "91"],
+            "found '91'; allowed: a percentage from 0 to 90",
+        ),
+        (["export", "x.img", "--socket", "s", "--cache", "c", "--policy", "both"], "'both' is not one of 'merged', 'o"),
+        (["export", "x.img", "--socket", "s", "--fill-size", "3k"], "found '3k'; allowed: a power of two from 4KiB"),
+        (["export", "x.img", "--socket", "s", "--backend-timeout", "x"], "not a duration; allowed: a duration from"),
+        (["export", "x.img", "--socket", "s", "--connections", "2"], "--connections: is of no use with 'x.img'; allow"),
+        (["export", "nbd://h", "--socket", "s", "--connections", "17"], "found '17'; allowed: a number from 1 to 16"),
+        (
+            ["export", "nbd://h", "--socket", "s", "--tls-psk-file", "k"],
+            "--tls-psk-file: is of no use without TLS; allowed: together with an nbds:// or nbds+unix:// URI",
+        ),
+        (
+            ["export", "nbds://h", "--socket", "s", "--tls-psk-file", "k", "--tls-certificates", "f"],
+            "--tls-psk-file: found beside --tls-certificates; allowed: one of the two",
+        ),
+        (["drain", "c", "--backend", "nbd://h", "--tls-verify", "off"], "--tls-verify: is of no use without TLS"),
+        (["drain", "c", "--config", "f", "--tls-verify", "off"], "--tls-verify: is of no use without TLS"),
+        (
+            ["check", "c", "--backend", "nbds://h", "--tls-psk-file", "k", "--tls-certificates", "f"],
+            "--tls-psk-file: found beside --tls-certificates; allowed: one of the two",
+        ),
         (["create", "x.img"], "Missing option '--size'"),
         (["create", "x.img", "--size", "1000"], "found '1000'; allowed: a multiple of 512"),
         (["create", "x.img", "--size", "0"], "a multiple of 512"),

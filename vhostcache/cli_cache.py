@@ -43,6 +43,7 @@ EXIT_CLEAN: Final = 0
 EXIT_DIRTY: Final = 1
 EXIT_CORRUPT: Final = 2
 CORRUPT_SHOWN: Final = 100
+_AGAIN: Final = "the cache still has everything: drain again when that is mended"
 ZERO_BYTES: Final = 64 << 20  # at once, so that Ctrl-C is heard
 
 _CACHE: Final = click.argument("cache", type=click.Path())
@@ -502,7 +503,7 @@ class _EngineWriter:
         except InterruptedError:
             raise KeyboardInterrupt from None
         except OSError as error:
-            raise ImageError(self._subject, f"{what}: {why(error)}") from error
+            raise ImageError(self._subject, f"{what}: {why(error)}", hint=_AGAIN) from error
 
 
 class _FileWriter:
@@ -521,7 +522,7 @@ class _FileWriter:
                 view = view[count:]
                 offset += count
         except OSError as error:
-            raise ImageError(self._subject, f"cannot be written at byte {offset}: {why(error)}") from error
+            raise ImageError(self._subject, f"cannot be written at byte {offset}: {why(error)}", hint=_AGAIN) from error
 
     def write_zeroes(self, offset: int, size: int, unmap: bool) -> None:
         # Linux, <linux/falloc.h>: KEEP_SIZE | PUNCH_HOLE, and ZERO_RANGE | KEEP_SIZE
@@ -532,7 +533,7 @@ class _FileWriter:
         number = ctypes.get_errno()
         if number not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             error = OSError(number, "")
-            raise ImageError(self._subject, f"cannot be zeroed at byte {offset}: {why(error)}") from error
+            raise ImageError(self._subject, f"cannot be zeroed at byte {offset}: {why(error)}", hint=_AGAIN) from error
         for at in range(offset, offset + size, 1 << 20):
             self.write(at, bytes(min(1 << 20, offset + size - at)))
 
@@ -540,7 +541,7 @@ class _FileWriter:
         try:
             os.fsync(self._descriptor)
         except OSError as error:
-            raise ImageError(self._subject, f"cannot be synced: {why(error)}") from error
+            raise ImageError(self._subject, f"cannot be synced: {why(error)}", hint=_AGAIN) from error
 
 
 # Printing.

@@ -259,12 +259,6 @@ class VolumeConfig(Model):
         useless = [key for key in _NEED_A_LOG if key in self.model_fields_set]
         if self.cache.path is None and useless:
             raise PydanticCustomError("no_cache", "{key} is of no use without cache.path", {"key": useless[0]})
-        if self.incoming and self.backend.type == "qsd":
-            raise PydanticCustomError(
-                "incoming_qsd",
-                "incoming is for backends of type file and nbd; a qsd opens, and locks, its image at once",
-                {},
-            )
         if self.read_only and self.cache.path is not None:
             raise PydanticCustomError(
                 "read_only_cache", "a read_only disk has no use for a cache file; leave cache.path out", {}

@@ -1009,8 +1009,7 @@ class _Storage:
 
     @property
     def can_be_locked(self) -> bool:
-        backend = self._served.backend
-        return backend.kind == "file" or backend.can_be_marked
+        return self._served.backend.can_be_locked
 
     @property
     def _served(self) -> Served:

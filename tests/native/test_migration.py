@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.backend.servers import nbdkit
+from tests.backend.servers import nbdkit, qemu_img
 from tests.frontend import (
     F_LOG_ALL,
     GUEST,
@@ -476,3 +476,116 @@ def test_an_nbd_export_goes_over_and_no_old_cache_is_believed(make: Callable[...
                 assert source.read(offset, PAGE) == data
         a.daemon.stop()
         b.daemon.stop()
+
+
+FORMATS = pytest.mark.parametrize("kind", ["raw", "qcow2"])
+
+
+@pytest.fixture
+def qemu_disk(image: Path) -> Callable[[str], dict[str, object]]:
+    """The image, as a backend that a qemu-storage-daemon opens."""
+
+    def make(kind: str) -> dict[str, object]:
+        path = image
+        if kind != "raw":
+            path = image.with_suffix(f".{kind}")
+            qemu_img("convert", "-f", "raw", "-O", kind, image, path)
+        return {"type": "qsd", "blockdev": {"driver": kind, "file": {"driver": "file", "filename": str(path)}}}
+
+    return make
+
+
+@pytest.fixture
+def served(tmp_path: Path, ram_dir: Path, image: Path) -> Iterator[Callable[..., NativeDaemon]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(name: str, **keys: object) -> NativeDaemon:
+            daemon = serve(tmp_path, ram_dir, image, name, **keys)
+            stack.callback(daemon.reap)
+            return daemon.start()
+
+        yield start
+
+
+def at(folder: Path, name: str, start: bool = True) -> Migrating:
+    """A front-end whose guest runs there, or is to come."""
+    frontend = Migrating(folder / f"{name}.sock", queues=2, protocol=PROTOCOL, start=start)
+    if not start:
+        frontend.negotiate()
+        assert frontend.capacity == DISK_BYTES
+        frontend.share()
+        frontend.track_inflight()
+    return frontend
+
+
+@FORMATS
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])
+def test_what_qemu_opens_goes_over_and_back_again(
+    served: Callable[..., NativeDaemon],
+    qemu_disk: Callable[[str], dict[str, object]],
+    tmp_path: Path,
+    kind: str,
+    cache: bool,
+) -> None:
+    backend = qemu_disk(kind)
+    keys = {"backend": backend} if cache else {"backend": backend, "cache": {}}
+    a, b = served("a", **keys), served("b", incoming=True, **keys)
+    written: dict[int, bytes] = {}
+    source = at(tmp_path, "a")
+    for number, (here, there, name) in enumerate(((a, b, "b"), (b, a, "a"), (a, b, "b"))):
+        written |= fill(source, number, 32 - 8 * number)
+        destination = at(tmp_path, name, start=False)
+        source.begin()
+        written |= fill(source, ("later", number), 8)
+        stop(source)
+        here.wait_for("handed-over", count=number // 2 + 1)
+        start(destination)
+        check(destination, written)
+        there.wait_for("taken-over", count=number // 2 + 1)
+        source.close()
+        source = destination
+    source.flush()
+    source.close()
+    a.stop()
+    b.stop()
+
+
+@FORMATS
+def test_a_guest_that_goes_on_at_its_source_gets_back_what_qemu_had_open(
+    served: Callable[..., NativeDaemon], qemu_disk: Callable[[str], dict[str, object]], tmp_path: Path, kind: str
+) -> None:
+    backend = qemu_disk(kind)
+    a, b = served("a", backend=backend), served("b", backend=backend, incoming=True)
+    with at(tmp_path, "a") as source, at(tmp_path, "b", start=False) as destination:
+        written = fill(source, "before")
+        source.begin()
+        stop(source)
+        start(source)
+        written |= fill(source, "after", 8)
+        check(source, written)
+        a.wait_for("taken-over")
+        stop(source)
+        start(destination)
+        check(destination, written)
+    b.stop()
+    a.stop()
+
+
+@FORMATS
+def test_what_one_qemu_has_open_another_waits_for(
+    served: Callable[..., NativeDaemon], qemu_disk: Callable[[str], dict[str, object]], tmp_path: Path, kind: str
+) -> None:
+    """QEMU itself lets two of them write to a raw image."""
+    backend = qemu_disk(kind)
+    served("a", backend=backend, cache={})
+    b = served("b", backend=backend, cache={}, incoming=True)
+    with at(tmp_path, "a") as source, at(tmp_path, "b", start=False) as destination:
+        written = fill(source, "a")
+        start(destination)
+        read = destination.start_read(FREE, PAGE)
+        assert "is in use" in b.wait_for("take-over-waits")[0]["reason"]
+        assert not destination.queues[0].is_done(read.head)
+        source.begin()
+        stop(source)
+        assert destination.finish(read).data == written[FREE]
+        check(destination, written)

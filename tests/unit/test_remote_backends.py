@@ -346,7 +346,7 @@ def test_once_settled_the_process_has_gone_in_good_order_and_nobody_is_alarmed(
 
 def test_what_another_has_open_can_be_looked_at_and_not_be_opened(qsd: Callable[..., QsdBackend]) -> None:
     first = qsd(Opener())
-    with pytest.raises(ImageError, match=r"Failed to get .*lock"):
+    with pytest.raises(ImageError, match=r"is in use: another vhostcache has it"):
         qsd(Opener(), lock_wait_s=0.0)
     opener = Opener()
     opener.facts = replace(opener.facts, read_only=True)  # as the server says then

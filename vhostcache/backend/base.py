@@ -149,6 +149,11 @@ class Backend(ABC):
     def settle(self) -> Stamp:
         """The same, durable itself: nobody writes now, and what has been written is flushed. May wait."""
 
+    @property
+    def can_be_locked(self) -> bool:
+        """Whether other daemons find that it is in use, as long as it is open here."""
+        return False
+
     can_resize: ClassVar[bool] = False
     """Whether `resize` can do anything."""
 

@@ -163,6 +163,10 @@ class FileBackend(Backend):
         return self.stamp()
 
     @property
+    def can_be_locked(self) -> bool:
+        return True
+
+    @property
     def can_be_marked(self) -> bool:
         return not self._is_device and mark.is_supported(self._descriptor)
 

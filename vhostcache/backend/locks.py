@@ -5,6 +5,9 @@ locked by who holds a permission, byte 200 + bit by who does not share it. Who w
 does not share it, and who does not share must find nobody who holds it: take the own bytes first, then test those of
 the others with F_OFD_GETLK.
 
+A qemu-storage-daemon lets others write to a raw image that it exports. So an image that one opens for us is also locked
+here, at a byte of its own.
+
 Open-file-description locks: they belong to the very description that does the I/O, and live as long as anything still
 does I/O through it, io_uring requests of a killed process included.
 """
@@ -27,6 +30,7 @@ _BITS: Final = {0: "reads", 1: "writes", 2: "rewrites", 3: "resizes"}
 
 _HELD_BASE: Final = 100
 _UNSHARED_BASE: Final = 200
+_CLAIMED: Final = 300  # QEMU has no lock there
 
 _FLOCK: Final = struct.Struct("hhqqi4x")  # l_type, l_whence, l_start, l_len, l_pid
 
@@ -53,6 +57,24 @@ def lock(descriptor: int, read_only: bool) -> None:
     except LockedError:
         unlock(descriptor)
         raise
+
+
+def claim(descriptor: int, read_only: bool) -> None:
+    """Keep out whoever else does this, before a qemu-storage-daemon of ours opens the image with locks of its own. It
+    must be open for writing, unless `read_only`.
+
+    LockedError: somebody else has the image, or writes to it. OSError: this file system has no locks.
+    """
+    kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, _CLAIMED, 1, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise LockedError("", "another vhostcache has it") from error
+        raise
+    if _is_locked(descriptor, _HELD_BASE + WRITE.bit_length() - 1):
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, _CLAIMED, 1, 0))
+        raise LockedError("", "another process writes it")
 
 
 def unlock(descriptor: int) -> None:

@@ -2,7 +2,9 @@
 
 The volume's backend is the export; the process is supervised by qsd_server.py, and its death is a lost connection until
 the next one serves. Where all of it lies in one file of this host, that file is marked as an image is (mark.py), and
-its time of change is watched; anything else is known by its description and its size, as a block device is.
+its time of change is watched; anything else is known by its description and its size, as a block device is. Such a file
+is locked here too, from before the process opens it until it has ended: QEMU's own locks let others write to a raw
+image, and are gone while the process is replaced.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import contextlib
 import dataclasses
 import os
 import stat
+import time
 from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
-from vhostcache.backend import mark
+from vhostcache.backend import locks, mark
 from vhostcache.backend.base import Backend, Notice, Opened, Opener, Stamp, identity_bytes
 from vhostcache.backend.mark import Mark
 from vhostcache.backend.nbd import Connection, connect
@@ -23,6 +26,7 @@ from vhostcache.config_backend import NbdBackendConfig, QsdBackendConfig
 from vhostcache.errors import ImageError, why
 
 CONNECTIONS: Final = 4  # QEMU's server takes 16 requests of each at once
+_LOCK_RETRY_S: Final = 0.05
 SETTLE_S: Final = 5.0  # it has flushed: a kill loses nothing, and the loop waits
 
 
@@ -46,10 +50,13 @@ class QsdBackend(Backend):
         another has open, and to be closed again before anybody does I/O."""
         self._config = config
         self._connection = Connection(config.label)
-        self._descriptor = self._open_image()
-        before_ns = self._changed_ns()
+        self._is_claimed = False
         self._server: QsdServer | None = None
+        self._descriptor = self._open_image(for_writing=locked and not read_only)
         try:
+            if locked and self._descriptor >= 0:
+                self._claim(read_only, lock_wait_s)
+            before_ns = self._changed_ns()
             self._server = server = QsdServer(config, self.identity, read_only, direct, shared=not locked)
             server.start(lock_wait_s=lock_wait_s)
             assert server.node is not None
@@ -72,15 +79,32 @@ class QsdBackend(Backend):
             preferred_bytes=server.node.cluster_bytes if config.compresses else self._opened.facts.preferred_bytes,
         )
 
-    def _open_image(self) -> int:
+    def _open_image(self, for_writing: bool) -> int:
         """The file that is marked, or -1. What is wrong with it is for QEMU to say."""
         path = self._config.image
         if path is None:
             return -1
         with contextlib.suppress(OSError):
             if stat.S_ISREG(os.stat(path).st_mode):
-                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                return os.open(path, os.O_CLOEXEC | (os.O_RDWR if for_writing else os.O_RDONLY))
         return -1
+
+    def _claim(self, read_only: bool, wait_s: float) -> None:
+        deadline_s = time.monotonic() + wait_s
+        while True:
+            try:
+                locks.claim(self._descriptor, read_only)
+                self._is_claimed = True
+                return
+            except locks.LockedError as error:
+                if time.monotonic() >= deadline_s:
+                    expected = "an image that nobody else has open"
+                    raise ImageError(
+                        self.identity, f"is in use: {error}", expected, "stop the other one first"
+                    ) from error
+                time.sleep(_LOCK_RETRY_S)
+            except OSError:
+                return  # no locks here; QEMU does without them too
 
     def _refuse_reference_counts(self, bits: int) -> None:
         """QEMU packs compressed clusters into one of the file's until that is full, even when all that was in it was
@@ -175,6 +199,11 @@ class QsdBackend(Backend):
 
     def _changed_ns(self) -> int:
         return os.fstat(self._descriptor).st_mtime_ns if self._descriptor >= 0 else 0
+
+    @property
+    def can_be_locked(self) -> bool:
+        # And marked, for its process ends before the hand-over does, and its own locks with it.
+        return self._is_claimed and self.can_be_marked
 
     @property
     def can_be_marked(self) -> bool:

@@ -104,9 +104,6 @@ def serve_command(file: str, check: bool, incoming: bool, discard_dirty_data: tu
         names = ", ".join(volume.name for volume in config.volumes)
         raise UsageError("--discard-dirty-data", f"found '{unknown.pop()}'; allowed: {names}")
     if incoming:
-        stays = next((volume.name for volume in config.volumes if volume.backend.type == "qsd"), None)
-        if stays is not None:
-            raise UsageError("--incoming", f"volume '{stays}' has a backend of type qsd; allowed: file and nbd")
         options["volumes"] = [volume.model_copy(update={"incoming": True}) for volume in config.volumes]
     if check:
         click.echo(f"{file}: {len(config.volumes)} volume{'s' if len(config.volumes) != 1 else ''}, all right")

@@ -19,13 +19,24 @@ from typing import Any, Final, Literal
 
 import structlog
 
-from vhostcache.errors import one_line
+from vhostcache.errors import one_line, why_number
 
 LINE_BYTES: Final = 4096
 LogFormat = Literal["console", "json"]
+Level = Literal["info", "warning", "error"]
 
 _BURST: Final = 20  # lines of one event of one volume that may come at once ...
 _REFILL_PER_S: Final = 2  # ... and how many a second after that
+
+
+_LEVELS: Final[dict[str, Level]] = {
+    "backend-recovered": "info",
+    "cache-recovered": "info",
+    "no-direct-io": "warning",
+    "backend-lost": "warning",
+    "qsd-message": "warning",
+    "qsd-restarted": "info",
+}  # of what cores and backends have to say; the rest are errors
 
 
 class LineWriter:
@@ -127,9 +138,17 @@ class EventLog:
         """The exception that is being handled, with its traceback in the same line."""
         self._logger.error(event, exc_info=True, **fields)
 
-    def limited(
-        self, now_ns: int, level: Literal["info", "warning", "error"], event: str, volume: str, **fields: Any
-    ) -> None:
+    def notice(self, volume: str, event: str, fields: dict[str, Any], now_ns: int | None = None) -> None:
+        """What a core or a backend has to say; limited, if it is said when."""
+        if "errno" in fields:
+            fields = {**fields, "error": why_number(-fields["errno"])}
+        level = _LEVELS.get(event, "error")
+        if now_ns is None:
+            getattr(self, level)(event, volume=volume, **fields)
+        else:
+            self.limited(now_ns, level, event, volume, **fields)
+
+    def limited(self, now_ns: int, level: Level, event: str, volume: str, **fields: Any) -> None:
         """Log, unless this event of this volume has come too often of late; then count it into the next that is
         logged.
         """

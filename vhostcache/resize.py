@@ -1,9 +1,9 @@
 """Growing a disk while it is served.
 
 Owns the first step, which may wait for the storage and therefore has a thread of its own, and what is refused before
-it. The order is the daemon's: the backend, durably; then, with a log, both superblocks; then the core and the guest.
-So at each moment the image is at least as large as its cache says, and its cache says at least as much as the guest
-has been told: a start after a crash finds an image of its own that has grown, and takes it as it is.
+it. The order is kept by commands.py: the backend, durably; then, with a log, both superblocks; then the core and the
+guest. So at each moment the image is at least as large as its cache says, and its cache says at least as much as the
+guest has been told: a start after a crash finds an image of its own that has grown, and takes it as it is.
 
 Never makes anything smaller.
 """

@@ -1,8 +1,8 @@
 """One volume and all that belongs to it, as the daemon keeps it beside the loop: configuration, storage, what is known
 of its guest, how far its end has come.
 
-Owns the settings that a configuration and a backend make for the core, and what `status` says of a volume. It decides
-nothing and does no I/O: the daemon does.
+Owns the settings that a configuration and a backend make for the core, what the core is told of the guest's write
+cache, and what `status` says of a volume. It does no I/O.
 """
 
 from __future__ import annotations
@@ -80,6 +80,21 @@ class Served:
         if self.is_away:
             return False
         return self.claim is None or (self.config.cache.drain_on_exit and not (self.failed or self.gave_up))
+
+    def tell_write_cache(self) -> None:
+        """Tell the core what the guest believes, when that has changed. Without FLUSH a guest has no way to ask."""
+        enabled = self.write_cache and self.flush_negotiated
+        if self.claim is not None and self.write_cache and not enabled:
+            # Now. What it will be told by a driver that can is not for this one to decide, nor for the superblock.
+            self.volume.write_cache_unknown()
+            self.told = None
+            return
+        if enabled == self.told or self.is_away:
+            return
+        self.told = enabled
+        self.volume.set_write_cache(enabled)
+        if enabled and self.write_cache_unknown:
+            self.volume.write_cache_unknown()
 
     def status(self, now_ns: int) -> dict[str, Any]:
         """From counters that cost nothing to read."""

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from vhostcache import cli, daemon
+from vhostcache import cli, commands
 from vhostcache.backend import mark, opening
 from vhostcache.backend.file import FileBackend
 from vhostcache.cachefile import CacheFile
@@ -67,7 +67,7 @@ if what == "resize":
     opening.FileBackend = Resizing  # type: ignore[misc]
     STEPS = (
         (os, ("ftruncate",)),
-        (daemon.Daemon, ("_backend_has_grown",)),
+        (commands.Commands, ("_backend_has_grown",)),
         (Engine, ("grow_volume",)),
     )
 

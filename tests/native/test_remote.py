@@ -486,12 +486,3 @@ def test_a_server_with_tls_is_served_and_drained_to_by_options_alone(tmp_path: P
         assert refused.stderr.count("\n") == 1
         run(VHOSTCACHE, "drain", cache, "--backend", uri, *tls, *ram)
     assert image.read_bytes()[MIB : 2 * MIB] == noise(MIB, "tls")
-
-
-def test_all_disks_of_a_file_may_come_by_migration_but_for_those_of_a_qemu_storage_daemon(tmp_path: Path) -> None:
-    config = tmp_path / "disks.yaml"
-    disk = {"name": "a", "socket": "s", "backend": {"type": "qsd", **make_image(tmp_path / "a.img", "raw")}}
-    config.write_text(yaml.safe_dump({"volumes": [disk]}))
-    refused = run(VHOSTCACHE, "serve", config, "--incoming", "--check", check=False)
-    assert refused.returncode == 2
-    assert "--incoming: volume 'a' has a backend of type qsd; allowed: file and nbd" in refused.stderr

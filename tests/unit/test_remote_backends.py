@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -21,12 +21,14 @@ from vhostcache.backend.mark import NAME, Mark
 from vhostcache.backend.nbd import Connection, NbdBackend
 from vhostcache.backend.opening import open_backend, stack_backend
 from vhostcache.backend.qsd import QsdBackend
+from vhostcache.composition import Composition
 from vhostcache.config import VolumeConfig
 from vhostcache.config_backend import NbdBackendConfig, QsdBackendConfig
-from vhostcache.daemon import Daemon, _Storage
 from vhostcache.errors import EngineError, ImageError, UsageError
 from vhostcache.handover import Away
 from vhostcache.resize import Growth
+from vhostcache.storage import VolumeStorage
+from vhostcache.volumes import Volumes
 
 MIB = 1 << 20
 CONNECTED, LOST, REFUSED = 1, 2, 3
@@ -164,12 +166,17 @@ def test_the_engine_lets_go_of_an_export_whose_wrapper_is_refused() -> None:
     assert opener.opened[0].closed
 
 
+def storage(opener: Any, size_bytes: int = MIB) -> VolumeStorage:
+    """Of a volume whose guest has been told that size, while another daemon has it."""
+    volumes, nobody = Volumes(), cast(Any, None)
+    volumes.served.append(cast(Any, SimpleNamespace(config=disk(), volume=Away(size_bytes))))
+    composition = Composition(opener, nobody, volumes, frozenset(), nobody)
+    return VolumeStorage(0, volumes, opener, nobody, lambda: composition, nobody, nobody)
+
+
 def test_the_engine_lets_go_of_an_export_that_has_become_too_small_for_a_guest_that_arrives() -> None:
     opener = Opener()
-    daemon: Any = object.__new__(Daemon)
-    daemon._engine = opener
-    daemon._served = [SimpleNamespace(config=disk(), volume=Away(65 * MIB))]
-    assert _Storage(daemon, 0).take().startswith("export 'nbd://host/disk': is 67108864 bytes large")
+    assert storage(opener, 65 * MIB).take().startswith("export 'nbd://host/disk': is 67108864 bytes large")
     assert opener.opened[0].closed
 
 
@@ -178,23 +185,21 @@ def test_what_the_host_refuses_when_a_guest_arrives_stops_no_other_volume() -> N
         def nbd_backend(self, uri: str, **options: Any) -> Any:
             raise OSError(errno.EMFILE, "")
 
-    daemon: Any = object.__new__(Daemon)
-    daemon._engine = Broke()
-    daemon._served = [SimpleNamespace(config=disk(), volume=Away(MIB))]
-    assert _Storage(daemon, 0).take() == "the storage cannot be opened: too many files are open in this process"
+    assert storage(Broke()).take() == "the storage cannot be opened: too many files are open in this process"
 
 
 def test_after_an_attempt_that_took_long_the_other_volumes_have_the_loop_for_longer() -> None:
     attempts: list[float] = []
 
-    def take(index: int) -> None:
-        attempts.append(time.monotonic())
-        time.sleep(0.05)
-        raise ImageError("image", "is slow")
+    class Slow(Opener):
+        def nbd_backend(self, uri: str, **options: Any) -> Any:
+            attempts.append(time.monotonic())
+            time.sleep(0.05)
+            raise ImageError("image", "is slow")
 
-    storage = _Storage(SimpleNamespace(_take_storage=take), 0)  # type: ignore[arg-type]
+    wanted = storage(Slow())
     while len(attempts) < 3:
-        assert storage.take() == "image: is slow"
+        assert wanted.take() == "image: is slow"
         time.sleep(0.001)
     assert all(later - earlier >= 0.25 for earlier, later in itertools.pairwise(attempts))
 

@@ -129,6 +129,7 @@ struct tier {
 struct log {
     uint32_t *crcs; /* one for each block of the ring, or NULL */
     uint32_t previous_crc; /* of the header composed last */
+    struct syncer *syncer; /* syncer.h: does what has to be on the medium */
 };
 
 /* What I/O goes to. */
@@ -194,8 +195,10 @@ struct vhc_engine {
     void *driver_state;
     struct io *free_ios;
     VHC_VECTOR(struct io *) io_chunks;
-    uint32_t ios_in_flight; /* given to the driver */
-    uint32_t syncs_in_flight; /* of them, those that a thread of the kernel's works at, perhaps on our processor */
+    struct syncs *syncs;    /* syncer.h */
+    uint32_t ios_in_flight; /* given to the driver or to a syncer */
+    uint32_t syncs_in_flight; /* of them, those that a thread works at, perhaps on our processor */
+    uint32_t syncer_ios;      /* of them, those given to a syncer */
     uint32_t remote_ios;    /* given to servers */
     VHC_VECTOR(struct backend *) backends; /* by number; NULL: closed */
     struct backend *push_first;

@@ -11,6 +11,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "syncer.h"
+
 #define CHUNK 256
 #define MAX_RETRIES 1000
 
@@ -21,6 +23,8 @@ bool io_create(vhc_engine *engine, char *error, size_t error_bytes)
         engine->zeroes = NULL;
         return false;
     }
+    if (!syncs_create(engine, error, error_bytes))
+        return false;
     engine->driver = engine->config.force_threads ? &io_threads_driver : &io_uring_driver;
     engine->driver_state = engine->driver->create(engine, error, error_bytes);
     if (!engine->driver_state && !engine->config.force_threads) {
@@ -36,8 +40,11 @@ void io_destroy(vhc_engine *engine)
     backends_drain(engine);
     if (engine->driver_state) {
         while (engine->ios_in_flight) {
-            engine->driver->wait(engine);
-            engine->driver->reap(engine);
+            if (engine->syncer_ios)
+                syncs_wait(engine);
+            else
+                engine->driver->wait(engine);
+            io_reap(engine);
             engine->driver->flush(engine);
         }
         engine->driver->destroy(engine);
@@ -45,8 +52,14 @@ void io_destroy(vhc_engine *engine)
     }
 }
 
+uint32_t io_reap(vhc_engine *engine)
+{
+    return (engine->syncer_ios ? syncs_reap(engine) : 0) + engine->driver->reap(engine);
+}
+
 void io_forget(vhc_engine *engine)
 {
+    syncs_destroy(engine);
     for (uint32_t i = 0; i < engine->io_chunks.count; i++)
         free(engine->io_chunks.items[i]);
     free(engine->io_chunks.items);
@@ -81,7 +94,7 @@ static struct io *take_free(vhc_engine *engine, enum io_target target, enum io_k
     io->check = CHECK_NONE;
     io->may_unmap = io->abandoned = io->remembered = false;
     io->background = target == IO_BACKEND && (kind == IO_WRITE || kind == IO_ZERO);
-    io->durable = io->syncing = false;
+    io->durable = false;
     io->retries = 0;
     io->iov_first = io->iov_count = 0;
     io->bounce = NULL;
@@ -137,13 +150,23 @@ static void choose_buffer(struct io *io)
         io->buffer = volume->buffer_base + (int)(first >> 30);
 }
 
+static bool is_sync(const struct io *io)
+{
+    return io->kind == IO_FLUSH || io->durable;
+}
+
 void io_start(vhc_engine *engine, struct io *io)
 {
     if ((io->kind == IO_READ || io->kind == IO_WRITE) && !io->request)
         choose_buffer(io);
     engine->ios_in_flight++;
-    engine->syncs_in_flight += io->kind == IO_FLUSH || io->syncing;
-    engine->driver->submit(engine, io);
+    engine->syncs_in_flight += is_sync(io);
+    if (is_sync(io) && io->target == IO_CACHE) {
+        engine->syncer_ios++;
+        syncer_submit(io->volume->log.syncer, io);
+    } else {
+        engine->driver->submit(engine, io);
+    }
 }
 
 static void count(struct io *io)
@@ -155,6 +178,7 @@ static void count(struct io *io)
     } else {
         unsigned kind = io->kind == IO_WRITE && io->bounce ? 3 : io->kind; /* a superblock */
         stats->log_ops[kind]++;
+        stats->log_ops[IO_FLUSH] += io->durable;
         stats->log_bytes[kind] += io->bytes;
     }
 }
@@ -577,10 +601,6 @@ static void settled(vhc_engine *engine, struct io *io, int32_t result)
         backend_done(io->at, io, result);
     } else if (!result && io->check && verify(io, &result)) {
         io_start(engine, io);
-    } else if (!result && io->durable && !io->syncing) {
-        io->syncing = true;
-        io->volume->stats.log_ops[IO_FLUSH]++;
-        io_start(engine, io);
     } else {
         io_finish(engine, io, result);
     }
@@ -591,16 +611,17 @@ void io_ended(vhc_engine *engine, struct io *io)
     int32_t result = io->result;
     bool again = false;
     engine->ios_in_flight--;
-    engine->syncs_in_flight -= io->kind == IO_FLUSH || io->syncing;
+    engine->syncs_in_flight -= is_sync(io);
+    engine->syncer_ios -= is_sync(io) && io->target == IO_CACHE;
     if ((result == -EINTR || result == -EAGAIN) && io->retries < MAX_RETRIES) {
         io->retries++;
         again = true;
     } else if (io->kind == IO_ZERO && io->way != ZERO_WRITE) {
         again = result < 0 && retry_zero(engine, io, result);
         result = result < 0 ? result : 0;
-    } else if (io->kind != IO_FLUSH && !io->syncing && result >= 0 && (uint64_t)result == io->bytes) {
+    } else if (io->kind != IO_FLUSH && result >= 0 && (uint64_t)result == io->bytes) {
         result = 0;
-    } else if (io->kind != IO_FLUSH && !io->syncing && result >= 0) {
+    } else if (io->kind != IO_FLUSH && result >= 0) {
         remember(io);
         if (result == 0) {
             result = io->bounce && bounce_suffices(io) ? 0 : io->kind == IO_READ ? -ENODATA : -EIO;

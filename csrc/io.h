@@ -29,8 +29,7 @@ struct io {
     bool remembered;   /* `whole` holds what was asked for */
     bool *sync_done;   /* of vhc_backend_sync_io() */
     bool background;   /* counts among the volume's writes in flight */
-    bool durable;      /* a write that ends when it is on the medium */
-    bool syncing;      /* it has been written: what goes to the driver now is its fdatasync */
+    bool durable;      /* a write of the log that ends when it is on the medium */
     uint16_t retries;
     uint32_t group;
     uint64_t offset, bytes; /* what is left */
@@ -74,8 +73,10 @@ extern const struct io_driver io_uring_driver, io_threads_driver;
 
 bool io_create(vhc_engine *engine, char *error, size_t error_bytes);
 void io_destroy(vhc_engine *engine);
+/* io_ended() for what has ended, of the driver and of syncers. Returns how many. */
+uint32_t io_reap(vhc_engine *engine);
 void io_forget(vhc_engine *engine); /* when no backend has any I/O left */
-/* For drivers: io->result is set. */
+/* For drivers and syncers: io->result is set. */
 void io_ended(vhc_engine *engine, struct io *io);
 
 /* For backends. By the driver, on io->file; backend_done() follows. */

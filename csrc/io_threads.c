@@ -39,7 +39,7 @@ static int32_t perform(struct io *io)
         result = preadv(fd, iov, count, (off_t)io->offset);
         break;
     case IO_WRITE:
-        result = io->syncing ? fdatasync(fd) : pwritev(fd, iov, count, (off_t)io->offset);
+        result = pwritev(fd, iov, count, (off_t)io->offset);
         break;
     case IO_FLUSH:
         result = fdatasync(fd);

@@ -168,9 +168,7 @@ static void prepare(struct io_uring_sqe *sqe, struct io *io)
             io_uring_prep_readv(sqe, fd, iov, count, io->offset);
         break;
     case IO_WRITE:
-        if (io->syncing)
-            io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC);
-        else if (io->buffer >= 0)
+        if (io->buffer >= 0)
             io_uring_prep_write_fixed(sqe, fd, iov->iov_base, (unsigned)iov->iov_len, io->offset, io->buffer);
         else if (count == 1)
             io_uring_prep_write(sqe, fd, iov->iov_base, (unsigned)iov->iov_len, io->offset);

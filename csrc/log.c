@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 
 #include "crc32c.h"
+#include "syncer.h"
 
 #define RING_OFFSET (1u << 20)
 #define HEADER_BYTES 64u /* before the extents */
@@ -42,11 +43,15 @@ bool log_create(struct volume *volume, char *error, size_t error_bytes)
     }
     madvise(crcs, bytes, MADV_DONTDUMP);
     volume->log.crcs = crcs;
-    return true;
+    volume->log.syncer = syncer_create(volume->engine, volume->config.cache_fd, error, error_bytes);
+    return volume->log.syncer != NULL;
 }
 
 void log_destroy(struct volume *volume)
 {
+    if (volume->log.syncer)
+        syncer_destroy(volume->log.syncer);
+    volume->log.syncer = NULL;
     if (volume->log.crcs)
         munmap(volume->log.crcs, table_bytes(volume));
     volume->log.crcs = NULL;

@@ -189,7 +189,7 @@ static void finish_popping(vhc_engine *engine)
 static void look(vhc_engine *engine)
 {
     engine->again = false;
-    engine->driver->reap(engine);
+    io_reap(engine);
     if (engine->ended_first || engine->now_ns >= engine->backends_due_ns)
         backends_look(engine);
     progress(engine);
@@ -263,7 +263,7 @@ static bool sleep_for(vhc_engine *engine, int64_t timeout_ns)
     }
     if (engine->io_stalled && (timeout_ns < 0 || timeout_ns > STALLED_NS))
         timeout_ns = STALLED_NS;
-    if (!engine->driver->reap(engine)) {
+    if (!io_reap(engine)) {
         engine->stats.sleeps++;
         undisturbed = look_at_descriptors(engine, timeout_ns);
     }
@@ -276,7 +276,7 @@ bool poll_backends(vhc_engine *engine, const bool *done)
 {
     for (bool undisturbed = true; !*done && undisturbed;) {
         engine->now_ns = clock_ns();
-        engine->driver->reap(engine);
+        io_reap(engine);
         backends_look(engine);
         backends_push(engine);
         engine->driver->flush(engine);

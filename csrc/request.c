@@ -93,11 +93,11 @@ void request_report(struct request *request)
     assert(n < VHC_MAX_TURN_REQUESTS);
     request->tag = take_tag(engine);
     engine->by_tag[request->tag] = request;
-    engine->what[n] = request->kind | request->flags;
     engine->tag[n] = request->tag;
     engine->sector[n] = request->sector;
     engine->sectors[n] = request->sectors;
-    request->connection->outstanding++;
+    bool deep = ++request->connection->outstanding >= VHC_DEEP && request->kind == VHC_REQ_READ;
+    engine->what[n] = request->kind | request->flags | (deep ? VHC_REQ_DEEP : 0);
     vhc_volume_stats *stats = &volume->stats;
     if (++stats->inflight > stats->inflight_max)
         stats->inflight_max = stats->inflight;

@@ -15,8 +15,10 @@ Invariants:
 `requests` is the hot path.
 """
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Final
 
 from vhostcache import operations as op
@@ -49,6 +51,8 @@ LAST_SHARE: Final = 4
 """What is read in the last quarter of the log is offered to the read cache, for the log will soon be without it."""
 ZERO_SLOT: Final = 1
 """A slot of zeroes that is never written."""
+CHORES_NS: Final = 500_000
+"""While guests keep it busy a volume looks after what they do not wait for at intervals of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,10 @@ class LogVolume(GuestRequests):
         self._favourite = NOBODY
         """The tag of the request that may read into RAM while slots are scarce, and the slots it keeps."""
         self._kept: list[int] = []
+        self._served = False
+        """A guest's requests have been taken, or its flushes answered, since the last tick."""
+        self._chores_ns = 0
+        """When the chores are due, however busy the guest is."""
         self._closing = False
         self._ends_cold = False
         self.closed = False
@@ -208,6 +216,7 @@ class LogVolume(GuestRequests):
         writer = self._writer
         self.now_ns = writer.now_ns = now_ns
         self._quiescing = False
+        self._served = True
         if self._room or self._write_through or writer.blocked or self._pacer.active:
             for request in zip(what, tag, sector, sectors, strict=True):
                 self._execute((*request, 0))
@@ -289,6 +298,36 @@ class LogVolume(GuestRequests):
             deadline_ns = min(deadline_ns, self._ahead.expire(now_ns))
         if self._draining or self._closing:
             self._advance_end()
+        deadline_ns = min(deadline_ns, writer.schedule(now_ns))
+        if writer.completed and not self._write_cache_unkept():
+            self._complete_flushes()
+            self._served = True
+            deadline_ns = min(deadline_ns, writer.schedule(now_ns))
+        if writer.began:
+            # While the device is at it there is time.
+            writer.began = False
+            deadline_ns = self._chores_ns = now_ns
+        elif self._served and now_ns < self._chores_ns and not self._is_pressed():
+            deadline_ns = min(deadline_ns, self._chores_ns)
+        else:
+            deadline_ns = min(deadline_ns, self._do_chores(now_ns))
+        self._served = False
+        if blocked and not writer.blocked:
+            deadline_ns = now_ns  # the device is well again: everything that waited for it is looked at once more
+        if self._quiescing:
+            self._drop_waiting()
+        return deadline_ns
+
+    def _is_pressed(self) -> bool:
+        """Whether anybody may be waiting for what the chores bring about."""
+        writer = self._writer
+        return bool(self._room or self._draining or self._closing or writer.blocked or writer.space_wanted)
+
+    def _do_chores(self, now_ns: int) -> int:
+        """What no guest waits for: what is durable enters the index, destaging, checkpoints. Not between a guest's
+        request and its answer, nor before its next request, but at the latest after CHORES_NS."""
+        writer = self._writer
+        deadline_ns = now_ns if writer.absorb() else op.NEVER
         if self._index.lost and not self._checkpointer.closing:
             self._losses.schedule()
         if self._swept != self._checkpointer.count:
@@ -301,15 +340,17 @@ class LogVolume(GuestRequests):
             self._advance_end()  # what was under way there may have ended
         deadline_ns = min(deadline_ns, self._checkpointer.schedule(now_ns), writer.schedule(now_ns))
         if writer.completed and not self._write_cache_unkept():
-            for tag in writer.completed:
-                self._complete(tag, op.STATUS_OK)
-            writer.completed.clear()
+            self._complete_flushes()
             deadline_ns = min(deadline_ns, writer.schedule(now_ns))
-        if blocked and not writer.blocked:
-            deadline_ns = now_ns  # the device is well again: everything that waited for it is looked at once more
-        if self._quiescing:
-            self._drop_waiting()
+        writer.began = False
+        self._chores_ns = min(deadline_ns, now_ns + CHORES_NS)
         return deadline_ns
+
+    def _complete_flushes(self) -> None:
+        completed = self._writer.completed
+        for tag in completed:
+            self._complete(tag, op.STATUS_OK)
+        completed.clear()
 
     def _advance_end(self) -> None:
         writer, destager, checkpointer = self._writer, self._destager, self._checkpointer
@@ -499,7 +540,8 @@ class LogVolume(GuestRequests):
         elif kind == op.REQUEST_READ:
             self._read(tag, sector, sectors, payload)
             if self._ahead is not None:
-                self._ahead.read(sector >> 3, (sector + sectors + 7) >> 3, self.now_ns)
+                deep = bool(what & op.REQUEST_DEEP)
+                self._ahead.read(sector >> 3, (sector + sectors + 7) >> 3, self.now_ns, deep)
         elif self._room or not self._may_pass(request):
             self._room.append(request)
         elif not self._change(what, tag, sector, sectors, payload):
@@ -641,10 +683,9 @@ class LogVolume(GuestRequests):
             self._let_go()
         if end_sector & 7 and end - 1 not in partial:
             self._clear_behind_end(slots[-1])
-        entries: list[int] = []
-        for block, slot in enumerate(slots, first):
-            self._place(block, slot)
-            entries += (block | 1 << 40, slot)
+        self._place_run(first, slots)
+        one = fmt.extent(0, 1, fmt.DATA)
+        entries = list(chain.from_iterable(zip(range(first | one, end | one), slots, strict=True)))
         self._operations += (
             op.IN | tag << 8 | count << 32,
             (sectors * op.SECTOR_BYTES) << 32,
@@ -674,6 +715,25 @@ class LogVolume(GuestRequests):
         block_map.block_of[slot] = block
         block_map.state[slot] = DIRTY
         record.slots[block] = slot
+
+    def _place_run(self, first: int, slots: list[int]) -> None:
+        """The same for neighbours, many at a time where RAM has nothing of them."""
+        block_map, record = self._map, self._writer.open
+        where, blocks = block_map.where, range(first, first + len(slots))
+        assert record is not None
+        start = slots[0]
+        if (
+            self._fills.by_block
+            or slots != list(range(start, start + len(slots)))
+            or not where.keys().isdisjoint(blocks)
+        ):
+            for block, slot in zip(blocks, slots, strict=True):
+                self._place(block, slot)
+            return
+        where.update(zip(blocks, slots, strict=True))
+        record.slots.update(zip(blocks, slots, strict=True))
+        block_map.block_of[start : start + len(slots)] = array("Q", blocks)
+        block_map.state[start : start + len(slots)] = bytes((DIRTY,)) * len(slots)
 
     def _replace(self, block: int) -> None:
         """What RAM has of the block is old."""

@@ -43,6 +43,8 @@ REQUEST_ZERO: Final = 4
 REQUEST_ZERO_UNMAP: Final = 5
 REQUEST_KIND_MASK: Final = 255
 REQUEST_ALIGNED: Final = 256
+REQUEST_DEEP: Final = 512
+"""A read beside which the guest has others under way."""
 
 STATUS_OK: Final = 0
 STATUS_IOERR: Final = 1

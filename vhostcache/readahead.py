@@ -21,6 +21,8 @@ FIRST_BLOCKS: Final = 32
 """The window at first, 128 KiB, if the reads are not larger."""
 PIECE_BLOCKS: Final = 64
 """Of one fill: what comes first is to be there first."""
+LARGE_BLOCKS: Final = 32
+"""Reads of 128 KiB go past RAM."""
 IDLE_NS: Final = 2_000_000_000
 """A stream that has stopped gives its slots back after this."""
 
@@ -61,8 +63,8 @@ class Readahead:
         """Blocks fetched or being fetched, and not given back."""
         self.counters = {"readahead_blocks": 0, "readahead_wasted_blocks": 0}
 
-    def read(self, first: int, end: int, now_ns: int) -> None:
-        """Blocks `first` .. `end - 1` are asked for now."""
+    def read(self, first: int, end: int, now_ns: int, deep: bool) -> None:
+        """Blocks `first` .. `end - 1` are asked for now. `deep`: the guest has others under way besides."""
         stream = self._streams.pop(first, None)
         if stream is None:
             stream = Stream()
@@ -76,7 +78,8 @@ class Readahead:
         stream.used_ns = now_ns
         while stream.fills and stream.fills[0].first + len(stream.fills[0].slots) <= first:
             self._give_back(stream.fills.popleft())
-        if stream.reads >= BEGINS_AT:
+        # A guest that has its next large reads under way already reads ahead by itself, and without a copy.
+        if stream.reads >= BEGINS_AT and not (deep and end - first >= LARGE_BLOCKS):
             self._advance(stream, end, end - first)
 
     def _advance(self, stream: Stream, position: int, request_blocks: int) -> None:

@@ -239,7 +239,8 @@ class Volume(GuestRequests):
         elif kind == op.REQUEST_READ:
             self._read(tag, sector, sectors, payload)
             if self._ahead is not None:
-                self._ahead.read(sector >> 3, (sector + sectors + 7) >> 3, self.now_ns)
+                deep = bool(what & op.REQUEST_DEEP)
+                self._ahead.read(sector >> 3, (sector + sectors + 7) >> 3, self.now_ns, deep)
         elif self._room:
             self._room.append(request)
         elif not self._change(what, tag, sector, sectors, payload):

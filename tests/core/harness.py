@@ -132,7 +132,7 @@ class Harness:
 
     # --- the guest ---
 
-    def submit(self, kind: int, sector: int = 0, sectors: int = 0) -> int:
+    def submit(self, kind: int, sector: int = 0, sectors: int = 0, flags: int = 0) -> int:
         tag = self.next_tag
         self.next_tag = tag % 10000 + 1
         assert tag not in self.live
@@ -151,7 +151,7 @@ class Harness:
         if request.values:
             self._changes_begin(request, covered)
         self.live[tag] = request
-        self.incoming.append((kind | op_flag_aligned, tag, sector, sectors))
+        self.incoming.append((kind | flags | op_flag_aligned, tag, sector, sectors))
         return tag
 
     def _changes_begin(self, request: Request, covered: range) -> None:

@@ -43,6 +43,17 @@ def test_a_stream_does_not_wait_for_the_backend(count: int) -> None:
     harness.settle()
 
 
+@pytest.mark.parametrize(("count", "ahead"), [(8, True), (40, False)])
+def test_a_guest_that_has_large_reads_under_way_reads_ahead_by_itself(count: int, ahead: bool) -> None:
+    harness = make(256, slots=3 + 4096)
+    for block in range(0, 10 * count, count):
+        harness.submit(op.REQUEST_READ, 8 * block, 8 * count, op.REQUEST_DEEP)
+        harness.turn()
+    assert bool(harness.volume.statistics()["readahead_blocks"]) == ahead
+    while harness.io:
+        harness.end_io(0)
+
+
 def test_several_streams_go_on_side_by_side() -> None:
     harness = make()
     reads = [read(harness, base + at) for at in range(100) for base in (0, 300, 600)]

@@ -99,11 +99,12 @@ def destage_what_is_not_durable() -> None:
 def destage_what_nothing_vouches_for() -> None:
     """The newest durable record is destaged in part; it rots, and passes for the end of the log."""
 
-    def absorb(original: Any, self: Any) -> None:
-        original(self)
+    def absorb(original: Any, self: Any) -> Any:
+        more = original(self)
         self.vouched_address = self.durable_address
+        return more
 
-    _patch(writer.LogWriter, "_absorb", absorb)
+    _patch(writer.LogWriter, "absorb", absorb)
 
 
 @canary

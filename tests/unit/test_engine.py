@@ -173,6 +173,7 @@ def test_the_cores_numbers_are_the_engines() -> None:
         "VHC_FIRST_SLOT": "FIRST_SLOT",
         "VHC_FAILED_TAG": "FAILED_TAG",
         "VHC_REQ_ALIGNED": "REQUEST_ALIGNED",
+        "VHC_REQ_DEEP": "REQUEST_DEEP",
     }
     for theirs, ours in names.items():
         assert getattr(lib, theirs) == getattr(op, ours), ours

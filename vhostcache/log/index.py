@@ -143,6 +143,15 @@ class LogIndex:
         find = self._dirty_pages.get
         value = address << 1
         newest = value > self._zero_newest  # newer than anything in the index
+        count = len(blocks)
+        if newest and count > 1 and blocks[-1] - blocks[0] == count - 1 and blocks[0] >> shift == blocks[-1] >> shift:
+            page = find(blocks[0] >> shift)
+            if page is not None:
+                offset = blocks[0] & mask
+                page[offset : offset + count] = array("Q", range(value, value + 2 * count, 2))
+                if count >= FILLED_RUN:
+                    self._find_filled(blocks)
+                return
         for block in blocks:
             page = find(block >> shift)
             if page is not None and newest:
@@ -319,7 +328,11 @@ class LogIndex:
                 for offset in range(self._mask + 1)
             ]
         elif entry.page is not None:
-            values = [(base + offset, value) for offset, value in enumerate(entry.page) if value >= low and value]
+            page = entry.page
+            low = max(low, 1)
+            values = [(base + offset, value) for offset, value in enumerate(page) if value >= low]
+            if max(page) < high:
+                return values, False, False
         else:
             values = [(base + offset, value) for offset, value in sorted(entry.few.items()) if value >= low]
         below = [pair for pair in values if pair[1] < high]

@@ -26,7 +26,7 @@ ZERO_SLOT: Final = 1
 """A slot of zeroes that is never written."""
 READ_BLOCKS_MAX: Final = 256
 """Blocks of one log read."""
-READS_AT_ONCE: Final = 128
+READS_AT_ONCE: Final = 64
 """Blocks of an object that are read from the log before the next ones are."""
 REMOTE_NS: Final = 500_000
 """A backend that takes so long for a small write is far away: see `_gap_blocks`."""
@@ -50,6 +50,7 @@ class LogDestage:
         "began_ns",
         "blocks",
         "bridged",
+        "considered",
         "count",
         "kept",
         "later",
@@ -77,6 +78,8 @@ class LogDestage:
         """Everything below it is on the backend when this has ended well."""
         self.need_seq = 0
         """This record has to be durable before: it has the newer version of a block that was left behind."""
+        self.considered = 0
+        """Blocks that were looked at to find their sources."""
         self.blocks: list[int] = []
         self.slots: list[int] = []
         self.zeroes: list[int] = []
@@ -209,17 +212,27 @@ class Sources:
         """Find sources for blocks, each with its value: that version (`exact`), or none if it is overwritten already.
         Returns what has to be read from the log (block, address); None: there are too few slots now."""
         fetch: list[tuple[int, int]] = []
-        for block, value in values:
-            if exact:
+        if exact:
+            for block, value in values:
                 self._choose_version(destage, block, value, fetch)
-            else:
-                self._choose_source(destage, block, value, fetch)
+        else:
+            in_ram, any_lost = self._map.where, bool(self._index.lost)
+            for block, value in values:
+                if block in in_ram or value & 1 or any_lost:
+                    self._choose_source(destage, block, value, fetch)
+                else:
+                    fetch.append((block, value >> 1))
         self._choose_neighbours(destage, fetch)
-        self._wanted = len(destage.span) or len(fetch)
+        self._wanted = count = len(destage.span) or len(fetch)
         if self.short:
             self._unpin(destage)
             return None
         self._wanted = 0
+        if count:
+            destage.staged = self._staging[-count:]
+            del self._staging[-count:]
+        if fetch:
+            self._keep_readable(destage, fetch)
         return fetch
 
     def release(self, destage: "LogDestage") -> None:
@@ -385,12 +398,10 @@ class Sources:
 
     def _read_span(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
         span = destage.span
-        destage.span_slots = destage.staged = self._staging[-len(span) :]
-        del self._staging[-len(span) :]
+        destage.span_slots = destage.staged
         self.blocks_read_back += len(span)
         offset = span.start * op.BLOCK_BYTES
         size = min(len(span) * op.BLOCK_BYTES, self.size_bytes - offset)
-        self._keep_readable(destage, fetch)
         if size % op.BLOCK_BYTES:
             # A disk may grow before this is written: what is behind its end is zeroes then.
             self._io.zero_slot(destage.span_slots[-1], size % op.BLOCK_BYTES, -size % op.BLOCK_BYTES)
@@ -412,26 +423,23 @@ class Sources:
     # --- from the log ---
 
     def _keep_readable(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
-        if fetch and not destage.reading:
-            oldest = min(address for _, address in fetch)
-            reading = self._writer.reading
-            destage.reading.append(oldest)
-            reading[oldest] = reading.get(oldest, 0) + 1
+        oldest = min(address for _, address in fetch)
+        reading = self._writer.reading
+        destage.reading.append(oldest)
+        reading[oldest] = reading.get(oldest, 0) + 1
 
     def _fetch(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
         """Read from the log, neighbours at once."""
         if not fetch:
             self._end(destage)
             return
-        self._keep_readable(destage, fetch)
         fetch.sort(key=lambda pair: pair[1])
         count = len(fetch)
         if destage.span:
             first = destage.span.start
             slots = [destage.span_slots[block - first] for block, _ in fetch]
         else:
-            slots = destage.staged = self._staging[-count:]
-            del self._staging[-count:]
+            slots = destage.staged
         addresses = [address for _, address in fetch]
         blocks = [block for block, _ in fetch]
         self._reads[destage.number] = 0

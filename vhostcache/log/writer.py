@@ -185,6 +185,8 @@ class LogWriter:
         self._commit_tags: list[int] = []
         self._commit_seq = 0
         self._committing = False
+        self.began = False
+        """A commit has begun since its reader has set this back."""
         self._sync_waiters: list[Callable[[int], None]] = []
         self._flush: LogFlush | None = None
         self.flush_failures = 0
@@ -416,9 +418,6 @@ class LogWriter:
         """Once a turn: start what is to be started. Returns the time at which to look again, in ns."""
         self.now_ns = now_ns
         deadline_ns = op.NEVER
-        if self._records and self._records[0].seq <= self.synced_seq:
-            self._absorb()
-            deadline_ns = now_ns  # for the rest, and for those who waited for what these give back
         if self.blocked:
             if now_ns < self._backoff.at_ns:
                 return self._backoff.at_ns
@@ -449,7 +448,7 @@ class LogWriter:
 
     def _begin_commit(self) -> None:
         record = self.open
-        if record is not None and (record.slots or record.zeroes) and not self._records:
+        if record is not None and (record.slots or record.zeroes) and self.synced_seq == self.next_seq - 1:
             # Nothing else is volatile: the engine writes it and goes on to the fdatasync without asking.
             record.durable = True
             self.counters["log_durable_writes"] += 1
@@ -462,7 +461,7 @@ class LogWriter:
         if self._commit_seq == self.synced_seq:
             self._end_commit()
             return
-        self._committing = True
+        self._committing = self.began = True
 
     def _end_commit(self) -> None:
         self.completed += [tag for tag in self._commit_tags if tag >= 0]
@@ -522,16 +521,18 @@ class LogWriter:
         self.synced_seq = max(self.synced_seq, seq)
         if self._committing and self.synced_seq >= self._commit_seq:
             self._end_commit()
-        self._absorb()
 
     def _sync_failed(self) -> None:
         self.flush_failures += 1
         self._lose()
 
-    def _absorb(self) -> None:
-        """Some records that are durable enter the index, and give back their entries and slots."""
+    def absorb(self) -> bool:
+        """Some records that are durable enter the index, and give back their entries and slots. True: there are more,
+        and whoever waited for what these have given back may go on."""
         records, state, index = self._records, self._map.state, self._index
         release = self._map.release
+        if not (records and records[0].seq <= self.synced_seq):
+            return False
         entries = 0
         for _ in range(ABSORBED_RECORDS):
             if not (records and records[0].seq <= self.synced_seq):
@@ -570,6 +571,7 @@ class LogWriter:
         if entries > self._retired:
             self._retired = entries
             self._io.retire(entries)
+        return entries > 0
 
     def _lose(self) -> None:
         """A fdatasync has failed: nothing that is not durable counts as written."""

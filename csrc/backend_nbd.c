@@ -1001,16 +1001,39 @@ void vhc_backend_nbd_renew(vhc_backend *backend, uint64_t size_bytes)
     backend_wake_at(backend, 0);
 }
 
-int vhc_nbd_probe(const vhc_nbd_config *config, vhc_backend_facts *facts, char *error, size_t error_bytes)
+/* A connection that no backend has yet. */
+struct nbd_link {
+    struct nbd_target *target;
+    struct nbd_handle *handle;
+    vhc_backend_facts facts;
+};
+
+vhc_nbd_link *vhc_nbd_connect(const vhc_nbd_config *config, vhc_backend_facts *facts, char *error, size_t error_bytes)
 {
-    struct nbd_target *target = nbd_target_new(config, error, error_bytes);
-    struct nbd_handle *handle = target ? nbd_connect_now(target, facts, error, error_bytes) : NULL;
-    if (handle)
-        nbd_aio_disconnect(handle, 0);
-    nbd_close(handle);
-    if (target)
-        nbd_target_release(target);
-    return handle ? 0 : -1;
+    struct nbd_link *link = calloc(1, sizeof *link);
+    snprintf(error, error_bytes, "out of memory");
+    if (link)
+        link->target = nbd_target_new(config, error, error_bytes);
+    if (link && link->target)
+        link->handle = nbd_connect_now(link->target, &link->facts, error, error_bytes);
+    if (!link || !link->handle) {
+        vhc_nbd_disconnect(link);
+        return NULL;
+    }
+    *facts = link->facts;
+    return link;
+}
+
+void vhc_nbd_disconnect(vhc_nbd_link *link)
+{
+    if (!link)
+        return;
+    if (link->handle)
+        nbd_aio_disconnect(link->handle, 0); /* as is polite */
+    nbd_close(link->handle);
+    if (link->target)
+        nbd_target_release(link->target);
+    free(link);
 }
 
 static struct backend *make(vhc_engine *engine, struct nbd_target *target, const vhc_backend_facts *facts, char *error, size_t error_bytes)
@@ -1043,34 +1066,30 @@ static struct backend *make(vhc_engine *engine, struct nbd_target *target, const
     return backend;
 }
 
-vhc_backend *vhc_backend_nbd(vhc_engine *engine, const vhc_nbd_config *config, char *error, size_t error_bytes)
+vhc_backend *vhc_backend_nbd(vhc_engine *engine, const vhc_nbd_config *config, vhc_nbd_link *first, char *error, size_t error_bytes)
 {
-    vhc_backend_facts facts;
-    struct nbd_target *target = nbd_target_new(config, error, error_bytes);
-    if (!target)
-        return NULL;
-    struct nbd_handle *handle = nbd_connect_now(target, &facts, error, error_bytes);
-    struct backend *backend = handle ? make(engine, target, &facts, error, error_bytes) : NULL;
+    struct nbd_link link = *first;
+    struct backend *backend = make(engine, link.target, &link.facts, error, error_bytes);
     if (!backend) {
-        nbd_close(handle);
-        nbd_target_release(target);
+        vhc_nbd_disconnect(first);
         return NULL;
     }
+    free(first);
     struct nbd *nbd = backend->state;
     if (config->uncompressed_uri) {
         vhc_nbd_config second = *config;
         second.uri = config->uncompressed_uri;
         nbd->uncompressed = nbd_target_new(&second, error, error_bytes);
         if (!nbd->uncompressed) {
-            nbd_close(handle);
+            nbd_close(link.handle);
             vhc_backend_close(backend);
             return NULL;
         }
     }
-    if (nbd_can_meta_context(handle, LIBNBD_CONTEXT_BASE_ALLOCATION) > 0)
-        nbd->holes = holes_new(facts.size_bytes);
+    if (nbd_can_meta_context(link.handle, LIBNBD_CONTEXT_BASE_ALLOCATION) > 0)
+        nbd->holes = holes_new(link.facts.size_bytes);
     nbd->wanted = config->connections > MAX_LINKS ? MAX_LINKS : config->connections ? config->connections : 1;
-    if (!link_up(nbd, &nbd->links[0], handle, &facts)) {
+    if (!link_up(nbd, &nbd->links[0], link.handle, &link.facts)) {
         snprintf(error, error_bytes, "the connection cannot be watched: %s", strerror(errno));
         vhc_backend_close(backend);
         return NULL;

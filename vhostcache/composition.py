@@ -2,7 +2,7 @@
 
 Owns the order: the backend is opened, the cache is claimed, and when everything of all volumes has been had, each is
 added to the engine. The same steps bring the storage to a volume that comes by live migration; then nobody is waited
-for. What is opened is put on the caller's stack.
+for, and all but the last has a thread. What is opened is put on the caller's stack.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Set
 from typing import Any, Final
 
-from vhostcache.assembly import CacheClaim, claim_without_cache, prepare_cache
+from vhostcache.assembly import CacheClaim, Tell, claim_without_cache, prepare_cache
 from vhostcache.backend.base import Backend, Opened
 from vhostcache.backend.file import LOCK_WAIT_S as IMAGE_LOCK_WAIT_S
 from vhostcache.backend.opening import open_backend, stack_backend
@@ -62,16 +62,23 @@ class Composition:
         return backend
 
     def claim(
-        self, volume: VolumeConfig, backend: Backend, stack: contextlib.ExitStack, waits: bool = True
+        self,
+        volume: VolumeConfig,
+        backend: Backend,
+        stack: contextlib.ExitStack,
+        waits: bool = True,
+        tell: Tell | None = None,
     ) -> CacheClaim | None:
-        """Its cache file, if it has one; of a volume that comes later only what can be refused, or takes long."""
+        """Its cache file, if it has one; of a volume that comes later only what can be refused, or takes long. `tell`:
+        instead of the log."""
         discard = volume.name in self._discard_dirty_data and waits
 
-        def tell(level: str, event: str, fields: dict[str, Any]) -> None:
+        def log(level: str, event: str, fields: dict[str, Any]) -> None:
             getattr(self._log, level)(event, volume=volume.name, **fields)
             if event in ("recovering", "making-cache"):
                 notify_supervisor(f"EXTEND_TIMEOUT_USEC={30 * 10**6}")
 
+        tell = tell or log
         if volume.incoming and waits:
             prepare_cache(volume, tell)
             return None
@@ -139,7 +146,7 @@ class Composition:
     ) -> Served:
         """A volume with a log, which is recovered here."""
         mode = config.cache_mode
-        recovered = claim.open()
+        recovered = claim.recovered or claim.open()
         assert claim.file is not None
         # No front-end says again what its guest has been told.
         write_cache = mode.writeback and recovered.superblock.write_cache != WRITE_CACHE_OFF

@@ -37,6 +37,7 @@ from vhostcache.host import notify_supervisor, qemu_arguments, raise_descriptor_
 from vhostcache.served import Served, State
 from vhostcache.sockets import Listener
 from vhostcache.storage import VolumeStorage
+from vhostcache.taking import Takings
 from vhostcache.volume import NEVER
 from vhostcache.volumes import Volumes
 
@@ -77,6 +78,7 @@ class Daemon:
         self._control_number = _WATCH_SIGNALS
         self._signals: socket.socket | None = None
         self._waker: socket.socket | None = None
+        self._takings = Takings(self._wake)
 
     # Start.
 
@@ -112,6 +114,7 @@ class Daemon:
             for index, served in enumerate(volumes.served):
                 self._watch_backend(index, served.backend)
             self._catch_signals(stack)
+            stack.callback(self._takings.join)
             if control is not None:
                 self._commands = self._start_commands(control, stack)
             for index, served in enumerate(volumes.served):
@@ -141,7 +144,14 @@ class Daemon:
 
     def _storage(self, index: int) -> VolumeStorage:
         return VolumeStorage(
-            index, self._volumes, self._engine, self._log, lambda: self._composition, self._ending, self._watch_backend
+            index,
+            self._volumes,
+            self._engine,
+            self._log,
+            lambda: self._composition,
+            self._ending,
+            self._watch_backend,
+            self._takings,
         )
 
     def _start_commands(self, control: Listener, stack: contextlib.ExitStack) -> Commands:

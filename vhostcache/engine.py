@@ -172,14 +172,34 @@ class EngineBackend:
             raise OSError(-result, os.strerror(-result))
 
 
+class NbdLink:
+    """A connection to an NBD server's export that no backend has yet, made by an Engine. It is attached, or closed."""
+
+    def __init__(self, engine: Any, config: Any, texts: list[Any]) -> None:
+        """Connects."""
+        error = ffi.new("char[]", _ERROR_BYTES)
+        found = ffi.new("vhc_backend_facts *")
+        self._engine, self._config, self._texts = engine, config, texts  # the texts are the config's
+        self._link = _checked_handle(lib.vhc_nbd_connect(config, found, error, _ERROR_BYTES), error)
+        self.facts = _facts(found)
+
+    def attach(self) -> EngineBackend:
+        """The export, as the engine reads and writes it. In the thread of the engine; waits for nothing."""
+        error = ffi.new("char[]", _ERROR_BYTES)
+        link, self._link = self._link, ffi.NULL
+        handle = lib.vhc_backend_nbd(self._engine, self._config, link, error, _ERROR_BYTES)
+        return EngineBackend(_checked_handle(handle, error))
+
+    def close(self) -> None:
+        """Of one that was not attached."""
+        link, self._link = self._link, ffi.NULL
+        lib.vhc_nbd_disconnect(link)
+
+
 def _facts(found: Any, descriptor: int = -1) -> Facts:
     numbers = {name: int(getattr(found, name)) for name in _FACTS_NUMBERS}
     flags = {name: bool(getattr(found, name)) for name in _FACTS_FLAGS}
     return Facts(descriptor=descriptor, direct=found.align_io_bytes > 1, **numbers, **flags)  # type: ignore[arg-type]
-
-
-def _c_strings(*texts: str | None) -> list[Any]:
-    return [ffi.NULL if text is None else ffi.new("char[]", os.fsencode(text)) for text in texts]
 
 
 def _checked_handle(handle: Any, error: Any) -> Any:
@@ -237,7 +257,7 @@ class Engine:
         handle = lib.vhc_backend_wrap(self._engine, below.handle, kind.encode(), words, error, _ERROR_BYTES)
         return EngineBackend(_checked_handle(handle, error), below.facts.descriptor)
 
-    def nbd_backend(
+    def nbd_link(
         self,
         uri: str,
         *,
@@ -248,36 +268,22 @@ class Engine:
         tls_username: str | None = None,
         tls_verify: bool = True,
         uncompressed_uri: str | None = None,
-    ) -> EngineBackend:
-        """An NBD server's export. Connects, and waits for that; EngineError: one line says why not.
+    ) -> NbdLink:
+        """A first connection to an NBD server's export; waits for that. Any thread may ask. EngineError: one line says
+        why not.
 
         `uncompressed_uri`: the same image without QEMU's compress filter, which has to take what that one refuses.
         """
-        error = ffi.new("char[]", _ERROR_BYTES)
-        texts = _c_strings(uri, tls_certificates, tls_psk_file, tls_username, uncompressed_uri)
+        texts = [
+            ffi.NULL if text is None else ffi.new("char[]", os.fsencode(text))
+            for text in (uri, tls_certificates, tls_psk_file, tls_username, uncompressed_uri)
+        ]
         config = ffi.new("vhc_nbd_config *", [*texts[:4], connections, tls_verify, read_only, texts[4]])
-        handle = lib.vhc_backend_nbd(self._engine, config, error, _ERROR_BYTES)
-        return EngineBackend(_checked_handle(handle, error))
+        return NbdLink(self._engine, config, texts)
 
-    def nbd_facts(
-        self,
-        uri: str,
-        *,
-        read_only: bool = False,
-        tls_certificates: str | None = None,
-        tls_psk_file: str | None = None,
-        tls_username: str | None = None,
-        tls_verify: bool = True,
-    ) -> Facts:
-        """What the export is now, by a connection of its own; waits for that. Any thread may ask. EngineError: one
-        line says why not."""
-        error = ffi.new("char[]", _ERROR_BYTES)
-        facts = ffi.new("vhc_backend_facts *")
-        texts = _c_strings(uri, tls_certificates, tls_psk_file, tls_username)
-        config = ffi.new("vhc_nbd_config *", [*texts, 1, tls_verify, read_only, ffi.NULL])
-        if lib.vhc_nbd_probe(config, facts, error, _ERROR_BYTES) < 0:
-            raise EngineError("backend", ffi.string(error).decode(errors="replace"))
-        return _facts(facts)
+    def nbd_backend(self, uri: str, **options: Any) -> EngineBackend:
+        """The export itself, with the options of `nbd_link`."""
+        return self.nbd_link(uri, **options).attach()
 
     # Volumes.
 

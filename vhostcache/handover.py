@@ -71,8 +71,11 @@ class Storage(Protocol):
     def let_go(self) -> None:
         """Of image, cache and locks. The queue that waits for it may stop."""
 
-    def take(self) -> str:
-        """Image, cache and locks, and requests again. A text: not now, and why."""
+    def take(self) -> str | None:
+        """Image, cache and locks, and requests again. A text: not now, and why. None: they are being opened."""
+
+    def stop_taking(self) -> None:
+        """Let go of what is being opened."""
 
     def stopped(self) -> None:
         """The queue that waits may stop."""
@@ -212,6 +215,7 @@ class HandOver:
     def _give_up_taking(self) -> None:
         if self.where is Where.TAKING and not self._queues:
             self.where = Where.AWAY
+            self._storage.stop_taking()
 
     def _is_overdue(self, now_ns: int) -> bool:
         return now_ns - self._began_ns >= self._timeout_ns
@@ -248,18 +252,22 @@ class HandOver:
 
     def _take(self, now_ns: int) -> int:
         reason = self._storage.take()
-        if not reason:
+        if reason == "":
             self.where = Where.HELD
             self._storage.tell("info", "taken-over", seconds=self._seconds(now_ns))
             if self._migrating:
                 self._storage.hurry(True)
             return NEVER
         if self._is_overdue(now_ns):
+            self._storage.stop_taking()
+            reason = reason or self._reason or "it is still being opened"
             self._storage.tell("error", "take-over-failed", reason=reason, seconds=self._seconds(now_ns))
             self._storage.cut_off()
             self.where = Where.AWAY
             self._queues.clear()
             return NEVER
+        if reason is None:
+            return min(now_ns + RETRY_NS, self._began_ns + self._timeout_ns)
         if now_ns >= self._remind_ns or reason != self._reason:
             self._remind_ns, self._reason = now_ns + REMIND_NS, reason
             self._storage.tell("warning", "take-over-waits", reason=reason)

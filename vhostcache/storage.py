@@ -1,29 +1,32 @@
 """What hand-over does with one volume's storage: image, cache and locks are let go of, and taken, while it is served.
 
 Invariant: all of it or nothing. What cannot be had leaves everything as it was, and is tried again by handover.py,
-which decides when.
+which decides when. What may wait is opened in a thread (taking.py), and is the engine's only after that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from functools import partial
+from typing import Any
 
+from vhostcache.assembly import CacheClaim, Tell
 from vhostcache.backend.base import Backend
 from vhostcache.backend.opening import stack_backend
 from vhostcache.composition import Composition
+from vhostcache.config import VolumeConfig
 from vhostcache.ending import Ending
 from vhostcache.engine import Engine
 from vhostcache.errors import Error, ImageError, why
 from vhostcache.events import EventLog
-from vhostcache.handover import Away
+from vhostcache.handover import RETRY_NS, Away
 from vhostcache.log_volume import LogVolume
 from vhostcache.served import Served
+from vhostcache.taking import Taking, Takings
 from vhostcache.volumes import Volumes
-
-TAKE_REST: Final = 4  # times as long as an attempt to take a storage has taken, before the next one
 
 
 class VolumeStorage:
@@ -38,6 +41,7 @@ class VolumeStorage:
         composition: Callable[[], Composition],
         ending: Ending,
         watch: Callable[[int, Backend], None],
+        takings: Takings,
     ) -> None:
         self._index = index
         self._volumes = volumes
@@ -46,6 +50,9 @@ class VolumeStorage:
         self._composition = composition
         self._ending = ending
         self._watch = watch
+        self._takings = takings
+        self._taking: Taking[tuple[Backend, CacheClaim | None]] | None = None
+        self._told: deque[tuple[str, str, dict[str, Any]]] = deque()  # by its thread
         self._reason = ""
         self._again_at_ns = 0
 
@@ -122,36 +129,54 @@ class VolumeStorage:
         served.volume = Away(served.volume.size_bytes)
         self._volumes.exchanged(self._index)
 
-    def take(self) -> str:
-        began_ns = time.monotonic_ns()
-        if began_ns < self._again_at_ns:
+    def take(self) -> str | None:
+        now_ns = time.monotonic_ns()
+        taking = self._taking
+        if taking is None and now_ns < self._again_at_ns:
             return self._reason
+        if taking is None:
+            self._taking = self._begin_taking()
+            return None
+        ended = taking.ended
+        while self._told:
+            level, event, fields = self._told.popleft()
+            self.tell(level, event, **fields)
+        if not ended:
+            return None
+        self._taking = None
         try:
-            self._take()
+            self._serve(*taking.result())
         except Error as error:
             self._reason = str(error)
         except OSError as error:  # no more descriptors, for one; the other volumes are not to hear of it
             self._reason = f"the storage cannot be opened: {why(error)}"
         else:
+            taking.keep()
             return ""
-        # The other volumes wait for each attempt: a server that does not answer is not to have them wait all the time.
-        now_ns = time.monotonic_ns()
-        self._again_at_ns = now_ns + TAKE_REST * (now_ns - began_ns)
+        taking.abandon()
+        self._again_at_ns = now_ns + RETRY_NS
         return self._reason
 
-    def _take(self) -> None:
-        """Error: it cannot be had now, and nothing has been changed."""
+    def stop_taking(self) -> None:
+        if self._taking is not None:
+            self._taking.abandon()
+        self._taking = None
+
+    def _begin_taking(self) -> Taking[tuple[Backend, CacheClaim | None]]:
+        served = self._served
+        told = self._told = deque()
+        open_it = partial(
+            _open, self._composition(), served.config, served.volume.size_bytes, lambda *words: told.append(words)
+        )
+        return self._takings.begin(open_it)
+
+    def _serve(self, backend: Backend, claim: CacheClaim | None) -> None:
+        """What has been opened. Error: it cannot be served."""
         served, composition = self._served, self._composition()
+        size_bytes, told_bytes = backend.facts.size_bytes, served.volume.size_bytes
         with contextlib.ExitStack() as stack:
-            backend = composition.open_backend(served.config, stack, waits=False)
-            size_bytes, told_bytes = backend.facts.size_bytes, served.volume.size_bytes
             top = stack_backend(served.config, backend, self._engine)
             stack.callback(top.close)
-            if size_bytes < told_bytes:
-                raise ImageError(
-                    backend.identity, f"is {size_bytes} bytes large", f"{told_bytes}, as the front-end has been told"
-                )
-            claim = composition.claim(served.config, backend, stack, waits=False)
             new = composition.serve(served.config, backend, served.listener, claim, self._index, top)
             stack.pop_all()
         if claim is not None:
@@ -169,3 +194,20 @@ class VolumeStorage:
             served.volume.connected()
         served.tell_write_cache()
         self._volumes.wake(self._index)
+
+
+def _open(
+    composition: Composition, config: VolumeConfig, told_bytes: int, tell: Tell, stack: contextlib.ExitStack
+) -> tuple[Backend, CacheClaim | None]:
+    """Image, cache and locks. Not in the loop: nothing here is the engine's. Error: it cannot be had now, and nothing
+    has been changed."""
+    backend = composition.open_backend(config, stack, waits=False)
+    size_bytes = backend.facts.size_bytes
+    if size_bytes < told_bytes:
+        raise ImageError(
+            backend.identity, f"is {size_bytes} bytes large", f"{told_bytes}, as the front-end has been told"
+        )
+    claim = composition.claim(config, backend, stack, waits=False, tell=tell)
+    if claim is not None:
+        claim.open()
+    return backend, claim

@@ -33,6 +33,7 @@ from tests.frontend import (
     Queue,
 )
 from tests.native.conftest import DISK_BYTES, FREE, GUARD_BYTES, MIB, NativeDaemon, noise
+from tests.native.nbd_server import NbdServer
 
 PROTOCOL = (P_MQ, P_REPLY_ACK, P_CONFIG, P_INFLIGHT, P_LOG_SHMFD)
 PAGE = 4096
@@ -546,8 +547,9 @@ def test_what_qemu_opens_goes_over_and_back_again(
         source = destination
     source.flush()
     source.close()
-    a.stop()
-    b.stop()
+    for daemon in (a, b):
+        assert not daemon.events("qsd-died")
+        daemon.stop()
 
 
 @FORMATS
@@ -589,3 +591,33 @@ def test_what_one_qemu_has_open_another_waits_for(
         stop(source)
         assert destination.finish(read).data == written[FREE]
         check(destination, written)
+
+
+def test_other_disks_go_on_while_an_image_is_being_opened(tmp_path: Path) -> None:
+    """The server accepts the guest's daemon, and says nothing."""
+    (tmp_path / "other.img").write_bytes(noise(MIB, "other"))
+    with NbdServer(tmp_path / "nbd.sock", DISK_BYTES) as server:
+        volumes = [
+            {"name": "b", "socket": "b.sock", "backend": {"type": "nbd", "uri": server.uri}, "incoming": True},
+            {"name": "other", "socket": "other.sock", "backend": {"path": "other.img"}},
+        ]
+        (tmp_path / "both.yaml").write_text(yaml.safe_dump({"volumes": [{**v, "ram": "32MiB"} for v in volumes]}))
+        daemon = NativeDaemon.serve(tmp_path / "both.yaml")
+        try:
+            daemon.start()
+            with at(tmp_path, "b", start=False) as guest, Frontend(tmp_path / "other.sock") as other:
+                server.greeting = b"NBDMAGIC"
+                before = server.connections
+                start(guest)
+                read = guest.start_read(FREE, PAGE)
+                while server.connections == before:
+                    time.sleep(0.01)
+                for number in range(20):
+                    assert other.read(number * PAGE, PAGE) == noise(MIB, "other")[number * PAGE :][:PAGE]
+                assert not daemon.events("take-over-waits"), "it has not given up before the other disk was served"
+                assert not guest.queues[0].is_done(read.head)
+                server.greeting = None
+                server.drop_connections()
+                assert guest.finish(read).status == OK
+        finally:
+            daemon.reap()

@@ -483,10 +483,12 @@ def test_a_connection_to_an_export_that_is_smaller_again_is_not_used(server: Nbd
 def test_what_an_export_is_now_can_be_asked_beside_its_connections(server: NbdServer) -> None:
     with opened(server) as device:
         server.grow(2 * SIZE)
-        assert device.engine.nbd_facts(server.uri).size_bytes == 2 * SIZE
+        link = device.engine.nbd_link(server.uri)
+        assert link.facts.size_bytes == 2 * SIZE
+        link.close()
         server.stop()
         with pytest.raises(EngineError) as caught:
-            device.engine.nbd_facts(server.uri)
+            device.engine.nbd_link(server.uri)
         assert "\n" not in str(caught.value)
 
 

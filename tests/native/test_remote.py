@@ -139,7 +139,8 @@ class RemoteDisk:
 
     def qsd_pid(self) -> int:
         """Of the daemon's own, by the status that it gives."""
-        children = Path(f"/proc/{self.daemon.pid}/task/{self.daemon.pid}/children").read_text().split()
+        threads = Path(f"/proc/{self.daemon.pid}/task").glob("*/children")
+        children = [child for thread in threads for child in thread.read_text().split()]
         (pid,) = [int(pid) for pid in children if b"qemu-storage-da" in Path(f"/proc/{pid}/comm").read_bytes()]
         return pid
 

@@ -18,7 +18,7 @@ class Storage:
         self.calls: list[str] = []
         self.events: list[str] = []
         self.is_drained = self.is_closed = self.is_stuck = False
-        self.reason = ""
+        self.reason: str | None = ""
 
     def tell(self, level: str, event: str, **fields: Any) -> None:
         self.events.append(event)
@@ -41,10 +41,13 @@ class Storage:
     def let_go(self) -> None:
         self.calls.append("let go")
 
-    def take(self) -> str:
-        if not self.reason:
+    def take(self) -> str | None:
+        if self.reason == "":
             self.calls.append("take")
         return self.reason
+
+    def stop_taking(self) -> None:
+        self.calls.append("stop taking")
 
     def stopped(self) -> None:
         self.calls.append("stopped")
@@ -113,6 +116,35 @@ def test_an_image_that_takes_too_long_stays_here_the_queue_stops_and_the_hand_ov
     storage.is_drained = storage.is_closed = True
     held.step(10 * TIMEOUT)
     assert storage.calls[3:] == ["close", "let go"]
+
+
+def test_while_its_storage_is_being_opened_nothing_is_said_of_it(away: HandOver, storage: Storage) -> None:
+    storage.reason = None
+    away.queue_started(0, 0)
+    assert away.step(0) == RETRY_NS
+    assert not storage.events
+    storage.reason = ""
+    away.step(1)
+    assert away.is_held
+    assert storage.events == ["taken-over"]
+
+
+@pytest.mark.parametrize("how", ["the queue stops", "it takes too long", "the front-end goes"])
+def test_what_is_being_opened_is_let_go_of_when_nobody_waits_any_more(
+    away: HandOver, storage: Storage, how: str
+) -> None:
+    storage.reason = None
+    away.queue_started(0, 0)
+    away.step(0)
+    if how == "the queue stops":
+        away.queue_stopped(0)
+    elif how == "the front-end goes":
+        away.disconnected()
+    else:
+        away.step(TIMEOUT)
+        assert storage.events == ["take-over-failed"]
+    assert "stop taking" in storage.calls
+    assert away.where is Where.AWAY
 
 
 def test_a_guest_that_goes_on_here_keeps_what_was_not_drained(held: HandOver, storage: Storage) -> None:
@@ -210,7 +242,7 @@ def test_who_waits_too_long_is_cut_off_and_may_come_again(away: HandOver, storag
     away.queue_started(0, 0)
     away.step(0)
     assert away.step(TIMEOUT) == NEVER
-    assert storage.calls == ["cut off"]
+    assert storage.calls == ["stop taking", "cut off"]
     assert storage.events[-1] == "take-over-failed"
     away.disconnected()
     assert not away.busy

@@ -2,11 +2,9 @@
 is the engine's; here is one that only takes notes."""
 
 import errno
-import itertools
 import os
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +26,7 @@ from vhostcache.errors import EngineError, ImageError, UsageError
 from vhostcache.handover import Away
 from vhostcache.resize import Growth
 from vhostcache.storage import VolumeStorage
+from vhostcache.taking import Takings
 from vhostcache.volumes import Volumes
 
 MIB = 1 << 20
@@ -40,6 +39,9 @@ class Opened:
     facts: Facts
     message: str = ""
     closed: bool = False
+
+    def attach(self) -> "Opened":
+        return self
 
     def close(self) -> None:
         self.closed = True
@@ -58,7 +60,7 @@ class Opener:
     asked: list[dict[str, Any]] = field(default_factory=list)
     opened: list[Opened] = field(default_factory=list)
 
-    def nbd_backend(self, uri: str, **options: Any) -> Any:
+    def nbd_link(self, uri: str, **options: Any) -> Any:
         self.asked.append({"uri": uri, **options})
         if self.error:
             raise EngineError("backend", self.error)
@@ -166,42 +168,31 @@ def test_the_engine_lets_go_of_an_export_whose_wrapper_is_refused() -> None:
     assert opener.opened[0].closed
 
 
-def storage(opener: Any, size_bytes: int = MIB) -> VolumeStorage:
-    """Of a volume whose guest has been told that size, while another daemon has it."""
-    volumes, nobody = Volumes(), cast(Any, None)
+def taken(opener: Any, size_bytes: int = MIB) -> str:
+    """What is said when a guest arrives that knows a disk of that size, while another daemon has it."""
+    volumes, nobody, takings = Volumes(), cast(Any, None), Takings(lambda: None)
     volumes.served.append(cast(Any, SimpleNamespace(config=disk(), volume=Away(size_bytes))))
     composition = Composition(opener, nobody, volumes, frozenset(), nobody)
-    return VolumeStorage(0, volumes, opener, nobody, lambda: composition, nobody, nobody)
+    storage = VolumeStorage(0, volumes, opener, nobody, lambda: composition, nobody, nobody, takings)
+    assert storage.take() is None, "it has a thread"
+    takings.join()
+    said = storage.take()
+    assert said is not None
+    return said
 
 
 def test_the_engine_lets_go_of_an_export_that_has_become_too_small_for_a_guest_that_arrives() -> None:
     opener = Opener()
-    assert storage(opener, 65 * MIB).take().startswith("export 'nbd://host/disk': is 67108864 bytes large")
+    assert taken(opener, 65 * MIB).startswith("export 'nbd://host/disk': is 67108864 bytes large")
     assert opener.opened[0].closed
 
 
 def test_what_the_host_refuses_when_a_guest_arrives_stops_no_other_volume() -> None:
     class Broke(Opener):
-        def nbd_backend(self, uri: str, **options: Any) -> Any:
+        def nbd_link(self, uri: str, **options: Any) -> Any:
             raise OSError(errno.EMFILE, "")
 
-    assert storage(Broke()).take() == "the storage cannot be opened: too many files are open in this process"
-
-
-def test_after_an_attempt_that_took_long_the_other_volumes_have_the_loop_for_longer() -> None:
-    attempts: list[float] = []
-
-    class Slow(Opener):
-        def nbd_backend(self, uri: str, **options: Any) -> Any:
-            attempts.append(time.monotonic())
-            time.sleep(0.05)
-            raise ImageError("image", "is slow")
-
-    wanted = storage(Slow())
-    while len(attempts) < 3:
-        assert wanted.take() == "image: is slow"
-        time.sleep(0.001)
-    assert all(later - earlier >= 0.25 for earlier, later in itertools.pairwise(attempts))
+    assert taken(Broke()) == "the storage cannot be opened: too many files are open in this process"
 
 
 def test_a_backend_that_breaks_down_while_it_grows_has_not_grown(monkeypatch: pytest.MonkeyPatch) -> None:

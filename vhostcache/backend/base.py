@@ -1,7 +1,8 @@
 """The contract of a backend.
 
 A backend is opened before the engine takes its volume and closed after the engine has let go of it. Opening does
-everything that can be refused (existence, permission, size, locks) and touches no byte of the data. The engine then
+everything that can be refused (existence, permission, size, locks) and all that may wait, and touches no byte of the
+data and nothing of the engine, so that it may have a thread of its own. The engine then
 reads and writes through what `attach` gives it; the backend itself is asked for facts only, for its mark, and for what
 has become of it.
 
@@ -92,11 +93,20 @@ class Opened(Protocol):
     def close(self) -> None: ...
 
 
+class Link(Protocol):
+    """A connection to an export, on its way to the engine: vhostcache.engine.NbdLink."""
+
+    facts: Facts
+
+    def attach(self) -> Opened: ...
+    def close(self) -> None: ...
+
+
 class Opener(Protocol):
-    """What makes them: vhostcache.engine.Engine. EngineError: one line."""
+    """What makes them: vhostcache.engine.Engine. EngineError: one line. `nbd_link` may be called in any thread."""
 
     def file_backend(self, facts: Facts) -> Opened: ...
-    def nbd_backend(
+    def nbd_link(
         self,
         uri: str,
         *,
@@ -107,17 +117,7 @@ class Opener(Protocol):
         tls_username: str | None,
         tls_verify: bool,
         uncompressed_uri: str | None,
-    ) -> Opened: ...
-    def nbd_facts(
-        self,
-        uri: str,
-        *,
-        read_only: bool,
-        tls_certificates: str | None,
-        tls_psk_file: str | None,
-        tls_username: str | None,
-        tls_verify: bool,
-    ) -> Facts: ...
+    ) -> Link: ...
     def wrap_backend(self, below: Any, kind: str, parameters: str) -> Opened: ...
 
 
@@ -135,7 +135,7 @@ class Backend(ABC):
 
     @abstractmethod
     def attach(self, opener: Opener) -> Opened:
-        """What the engine reads and writes through. Once."""
+        """What the engine reads and writes through. Once, in the engine's thread; waits for nothing."""
 
     @abstractmethod
     def check(self) -> Notice | None:

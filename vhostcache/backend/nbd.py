@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Final
 
-from vhostcache.backend.base import Backend, Notice, Opened, Opener, Stamp, identity_bytes
+from vhostcache.backend.base import Backend, Link, Notice, Opened, Opener, Stamp, identity_bytes
 from vhostcache.backend.mark import Mark
 from vhostcache.config_backend import NbdBackendConfig
 from vhostcache.errors import EngineError, ImageError
@@ -63,14 +63,18 @@ class NbdBackend(Backend):
         self._config = config
         self._opener = opener
         self._connection = Connection(config.label)
-        self._opened = connect(self.identity, config, opener, read_only)
-        self.facts = self._opened.facts
+        self._link: Link | None = connect(self.identity, config, opener, read_only)
+        self._opened: Opened | None = None
+        self.facts = self._link.facts
 
     @property
     def identity(self) -> str:
         return f"export '{self._config.uri}'"
 
     def attach(self, opener: Opener) -> Opened:
+        self._link, link = None, self._link
+        assert link is not None
+        self._opened = link.attach()
         return self._opened
 
     def happened(self, what: int, message: str, now_ns: int) -> Notice | None:
@@ -94,10 +98,9 @@ class NbdBackend(Backend):
 
     def resize(self, size_bytes: int) -> None:
         """See Backend. Its server must have grown it already, and tell that to those who connect from now on."""
-        try:
-            found = self._opener.nbd_facts(self._config.uri, read_only=self.facts.read_only, **_tls(self._config))
-        except EngineError as error:
-            raise ImageError(self.identity, error.found, error.expected, error.hint) from error
+        link = connect(self.identity, self._config, self._opener, self.facts.read_only)
+        found = link.facts
+        link.close()
         if found.size_bytes < size_bytes:
             raise ImageError(
                 self.identity, f"has {found.size_bytes} bytes", f"{size_bytes}", "grow it at its server first"
@@ -116,6 +119,7 @@ class NbdBackend(Backend):
         self.facts = dataclasses.replace(self.facts, size_bytes=size_bytes)
 
     def resized(self) -> None:
+        assert self._opened is not None
         self._opened.renew(self.facts.size_bytes)
 
     @property
@@ -129,38 +133,35 @@ class NbdBackend(Backend):
         return False
 
     def close(self) -> None:
-        """The connections are the engine's."""
+        """Connections are the engine's, once it has them."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
 
 
 def connect(
     subject: str, config: NbdBackendConfig, opener: Opener, read_only: bool, uncompressed_uri: str | None = None
-) -> Opened:
-    """ImageError: refused, or not what is needed; nothing is left open but what the engine closes with itself."""
+) -> Link:
+    """ImageError: refused, or not what is needed; nothing is left open."""
     try:
-        opened = opener.nbd_backend(
+        link = opener.nbd_link(
             config.uri,
             connections=config.connections,
             read_only=read_only,
+            tls_certificates=config.tls_certificates,
+            tls_psk_file=config.tls_psk_file,
+            tls_username=config.tls_username,
+            tls_verify=config.tls_verify,
             uncompressed_uri=uncompressed_uri,
-            **_tls(config),
         )
     except EngineError as error:
         raise ImageError(subject, error.found, error.expected, error.hint) from error
     try:
-        _refuse(subject, opened.facts.size_bytes, opened.facts.read_only and not read_only)
+        _refuse(subject, link.facts.size_bytes, link.facts.read_only and not read_only)
     except ImageError:
-        opened.close()
+        link.close()
         raise
-    return opened
-
-
-def _tls(config: NbdBackendConfig) -> dict[str, Any]:
-    return {
-        "tls_certificates": config.tls_certificates,
-        "tls_psk_file": config.tls_psk_file,
-        "tls_username": config.tls_username,
-        "tls_verify": config.tls_verify,
-    }
+    return link
 
 
 def _refuse(subject: str, size_bytes: int, is_read_only: bool) -> None:

@@ -14,8 +14,8 @@ from vhostcache.errors import EngineError, UsageError
 def open_backend(
     volume: VolumeConfig, opener: Opener, lock_wait_s: float = LOCK_WAIT_S, locked: bool = True
 ) -> Backend:
-    """ImageError: one line, and nothing is left open but what the engine closes with itself. Not `locked`: to look at,
-    and to be closed again before anybody does I/O."""
+    """ImageError: one line, and nothing is left open. Not `locked`: to look at, and to be closed again before anybody
+    does I/O. May wait, and touches nothing of the engine: any thread may call it."""
     config = volume.backend
     if isinstance(config, FileBackendConfig):
         return FileBackend(config.path, volume.read_only, volume.cache_mode.direct, lock_wait_s, locked)

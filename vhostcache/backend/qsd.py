@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
 from vhostcache.backend import locks, mark
-from vhostcache.backend.base import Backend, Notice, Opened, Opener, Stamp, identity_bytes
+from vhostcache.backend.base import Backend, Link, Notice, Opened, Opener, Stamp, identity_bytes
 from vhostcache.backend.mark import Mark
 from vhostcache.backend.nbd import Connection, connect
 from vhostcache.backend.qsd_server import LOCK_WAIT_S, QsdServer
@@ -51,6 +51,7 @@ class QsdBackend(Backend):
         self._config = config
         self._connection = Connection(config.label)
         self._is_claimed = False
+        self._link: Link | None = None
         self._server: QsdServer | None = None
         self._descriptor = self._open_image(for_writing=locked and not read_only)
         try:
@@ -65,18 +66,18 @@ class QsdBackend(Backend):
                 self._refuse_reference_counts(server.node.refcount_bits)
                 self._refuse_small_objects(server.node.cluster_bytes, object_bytes)
             uri = NbdBackendConfig.model_validate({"type": "nbd", "uri": server.uri, "connections": CONNECTIONS})
-            self._opened = connect(self.identity, uri, opener, read_only or not locked, server.uncompressed_uri)
+            self._link = link = connect(self.identity, uri, opener, read_only or not locked, server.uncompressed_uri)
         except BaseException:
             self.close()
             raise
         # Opening it for writing may change what is in the file. That is not somebody else's doing.
         self._opening_ns = (before_ns, self._changed_ns())
         self.facts = dataclasses.replace(
-            self._opened.facts,
-            read_only=self._opened.facts.read_only and (read_only or locked),
+            link.facts,
+            read_only=link.facts.read_only and (read_only or locked),
             direct=server.node.direct,
             wants_whole_objects=config.compresses,
-            preferred_bytes=server.node.cluster_bytes if config.compresses else self._opened.facts.preferred_bytes,
+            preferred_bytes=server.node.cluster_bytes if config.compresses else link.facts.preferred_bytes,
         )
 
     def _open_image(self, for_writing: bool) -> int:
@@ -131,7 +132,9 @@ class QsdBackend(Backend):
         return f"block device '{self._config.label}'"
 
     def attach(self, opener: Opener) -> Opened:
-        return self._opened
+        self._link, link = None, self._link
+        assert link is not None
+        return link.attach()
 
     # Supervision.
 
@@ -221,6 +224,9 @@ class QsdBackend(Backend):
         return True
 
     def close(self) -> None:
+        if self._link is not None:
+            self._link.close()
+            self._link = None
         if self._server is not None:
             self._server.close()
             self._server = None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -192,13 +194,18 @@ class QsdServer:
             *("--chardev", f"socket,id=qmp,fd={theirs.fileno()}", "--monitor", "chardev=qmp,mode=control"),
         ]
         try:
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=said,
-                cwd=self._config.folder,
+            self._process = (
+                _starter()
+                .submit(
+                    subprocess.Popen,
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=said,
+                    cwd=self._config.folder,
+                )
+                .result()
             )
         except OSError as error:
             ours.close()
@@ -494,6 +501,13 @@ class QsdServer:
         if self._stderr >= 0:
             os.close(self._stderr)
             self._stderr = -1
+
+
+@functools.cache
+def _starter() -> ThreadPoolExecutor:
+    """The thread that starts them, whoever asks for one. It lives as long as this process: the kernel kills them when
+    the *thread* that has started them ends."""
+    return ThreadPoolExecutor(1, "qsd")
 
 
 def _wait_readable(descriptors: list[int], time_limit_s: float) -> None:

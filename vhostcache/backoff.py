@@ -2,8 +2,9 @@
 
 Owns when something that has failed is tried again. An error that passes by itself (a lost connection, a medium error)
 is retried after 0.1 s, then ever more slowly, at least every 5 s. One that only a person can end (no space, read-only,
-not permitted) holds what depends on it: that is said once, with what to do, and tried every 10 s, or at once when
-somebody asks for it. Nothing is ever given up. It imports no clock: time is handed in.
+not permitted), and a part of the backend that could not be read for ten seconds while it has to be, holds what depends
+on it: that is said once, with what to do, and tried every 10 s, or at once when somebody asks for it. Nothing is ever
+given up. It imports no clock: time is handed in.
 """
 
 import errno
@@ -20,19 +21,25 @@ HINTS: Final = {
     errno.EACCES: "allow writing to the backend",
 }
 """Errors that do not pass by themselves."""
+READ_HINT: Final = "mend the backend: what cannot be read there is a part of what has to be written as a whole"
+READS_MOST: Final = 8
+"""Failed reads in a row of the same place, 0.1 + ... + 5 s apart, that hold it too."""
 
 
 class Backoff:
     """`failed` and `succeeded` tell it; before `at_ns` nothing is to be tried again."""
 
-    __slots__ = ("_pause_ns", "at_ns")
+    __slots__ = ("_pause_ns", "at_ns", "failures")
 
     def __init__(self) -> None:
         self._pause_ns = 0
         self.at_ns = 0
+        self.failures = 0
+        """In a row."""
 
     def failed(self, now_ns: int, held: bool = False) -> None:
         """Once more. `held`: it will not pass by itself."""
+        self.failures += 1
         self._pause_ns = HELD_NS if held else min(max(2 * self._pause_ns, FIRST_NS), MOST_NS)
         self.at_ns = now_ns + self._pause_ns
 
@@ -40,6 +47,7 @@ class Backoff:
         """The next failure is the first."""
         self._pause_ns = 0
         self.at_ns = 0
+        self.failures = 0
 
 
 class Trouble:
@@ -95,13 +103,16 @@ class Trouble:
         """`result` is a negative errno. `everybody`: nobody can go on."""
         self.failures += 1
         number = self.error = -result
-        held = number in HINTS
+        first = not self._failing
+        own = self._failing.setdefault(who, Backoff())
+        held = number in HINTS or (operation == "read" and own.failures + 1 >= READS_MOST)
         if held and number != self.held:
-            self._notices.append(("backend-held", {"operation": operation, "errno": number, "hint": HINTS[number]}))
+            hint = HINTS.get(number, READ_HINT)
+            self._notices.append(("backend-held", {"operation": operation, "errno": number, "hint": hint}))
             self.held = number
-        elif not self._failing:
+        elif first:
             self._notices.append(("backend-error", {"operation": operation, "errno": number}))
-        self._failing.setdefault(who, Backoff()).failed(now_ns, held)
+        own.failed(now_ns, held)
         if everybody or not self._well:
             self._everybody.failed(now_ns, held)
         self._well = False

@@ -25,7 +25,7 @@ from typing import Any, Final, Self
 
 from vhostcache.backend.base import Notice
 from vhostcache.backend.file import direct_alignment
-from vhostcache.errors import CacheError, why
+from vhostcache.errors import CacheError, CacheUnreadableError, why
 
 BLOCK_BYTES: Final = 4096
 SIZE_MIN_BYTES: Final = 64 << 20
@@ -220,7 +220,7 @@ class CacheFile:
     # As a disk.
 
     def read(self, offset: int, size: int) -> bytes:
-        """CacheError: it cannot be read, or ends before that."""
+        """CacheUnreadableError: its device does not read that. CacheError: it ends before that."""
         result = bytearray()
         end = offset + size
         first = offset - offset % BLOCK_BYTES
@@ -239,7 +239,8 @@ class CacheFile:
                 result += self._buffer[max(0, offset - first) : min(got, end - first)]
                 first += wanted
         except OSError as error:
-            raise CacheError(subject(self.path), f"cannot be read at byte {first}: {why(error)}") from error
+            found = f"cannot be read at byte {first}: {why(error)}"
+            raise CacheUnreadableError(subject(self.path), found) from error
         return bytes(result)
 
     def write(self, offset: int, data: bytes) -> None:

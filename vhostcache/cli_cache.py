@@ -171,7 +171,7 @@ def check_command(
 @click.option(
     "--give-up-damaged",
     is_flag=True,
-    help="Go on where data fails its checksum: it is lost, and the image keeps its older version of it.",
+    help="Go on where data is damaged or cannot be read: it is lost, and the image keeps its older version of it.",
 )
 @click.option(
     "--accept-moved",

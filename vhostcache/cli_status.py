@@ -150,8 +150,10 @@ def troubles(volume: dict[str, Any]) -> Iterator[str]:
         yield f"{count(waiting['backend'], 'request')} waiting to read the backend{why}"
     if cache is not None and cache["fails"]:
         yield f"cache device fails: '{cache['path']}': no write is acknowledged until it works again"
+    if cache is not None and cache["unreadable_bytes"]:
+        yield f"the cache device cannot read {size(cache['unreadable_bytes'])} that only the log has: it is tried again"
     if cache is not None and cache["lost_bytes"]:
-        yield f"{size(cache['lost_bytes'])} rotted in the log: they cannot be read until the guest overwrites them"
+        yield f"{size(cache['lost_bytes'])} lost in the log: they cannot be read until the guest overwrites them"
     if volume["resize"] and volume["resize"]["error"]:
         yield f"the last resize has failed: {volume['resize']['error']}"
 

@@ -5,7 +5,8 @@
     └── OperationError         exit 1: the world says no
         ├── ImageError         the image: missing, locked, of an odd size, shrunk
         ├── CacheError         a cache file or RAM-tier file: foreign, older, truncated, locked
-        │   └── CacheCorruptError  what is in it is not what was written there
+        │   ├── CacheCorruptError  what is in it is not what was written there
+        │   └── CacheUnreadableError  its device does not read a part of it
         ├── SocketError        a socket path: taken, too long, not permitted
         ├── EngineError        the C engine could not start or take a volume
         ├── ResizeError        a disk cannot be given that size
@@ -88,6 +89,10 @@ class CacheError(OperationError):
 
 class CacheCorruptError(CacheError):
     """What is in the cache file, or in its RAM-tier file, is not what was written there."""
+
+
+class CacheUnreadableError(CacheError):
+    """A part of the cache file cannot be read: a bad sector, or a device that fails."""
 
 
 class SocketError(OperationError):

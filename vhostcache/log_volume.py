@@ -457,7 +457,7 @@ class LogVolume(GuestRequests):
 
     def retry(self) -> None:
         """Somebody says that the backend has been mended: what is held is tried again at once."""
-        self._destager.trouble.retry()
+        self._destager.retry()
 
     def set_write_cache(self, enabled: bool) -> None:
         """See GuestRequests. The state outlives the process: no front-end sends it again."""

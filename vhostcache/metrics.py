@@ -66,6 +66,7 @@ def log_status(core: Mapping[str, int]) -> dict[str, Any]:
         "log_bytes": core["log_blocks"] * 4096,
         "log_used_bytes": core["log_used_blocks"] * 4096,
         "volatile_bytes": core["volatile_blocks"] * 4096,
+        "unreadable_bytes": core["unreadable_blocks"] * 4096,
         "lost_bytes": core["lost_blocks"] * 4096,
         "log_hits": core["log_hits"],
         "pace_bytes_per_s": core["log_pace_blocks_per_s"] * 4096 or None,

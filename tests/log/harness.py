@@ -6,6 +6,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 
+from vhostcache.errors import CacheUnreadableError
 from vhostcache.log import superblock as superblocks
 from vhostcache.log import tier as tiers
 from vhostcache.log.format import (
@@ -48,6 +49,8 @@ class MemoryDisk:
         self.operations_left = -1
         self.read_bytes = 0
         self.log: list[tuple[str, int]] = []
+        self.bad: set[int] = set()
+        """Offsets of blocks that cannot be read until they are written."""
 
     @property
     def size_bytes(self) -> int:
@@ -57,6 +60,9 @@ class MemoryDisk:
         assert offset % BLOCK == size % BLOCK == 0
         assert 0 < size <= len(self.data) - offset
         self.read_bytes += size
+        for at in range(offset, offset + size, BLOCK):
+            if at in self.bad:
+                raise CacheUnreadableError("cache", f"cannot be read at byte {at}: input/output error")
         return bytes(self.data[offset : offset + size])
 
     def write(self, offset: int, data: bytes) -> None:
@@ -66,6 +72,7 @@ class MemoryDisk:
         self.log.append(("write", offset))
         for at in range(0, len(data), BLOCK):
             self.unsynced.append((offset + at, bytes(self.data[offset + at : offset + at + BLOCK])))
+            self.bad.discard(offset + at)
         self.data[offset : offset + len(data)] = data
 
     def sync(self) -> None:

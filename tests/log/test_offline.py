@@ -202,3 +202,26 @@ def test_records_are_listed_for_json() -> None:
         "durable_seq": 0,
         "extents": [{"block": 4, "count": 2, "kind": "zero"}, {"block": 3, "count": 1, "kind": "data"}],
     }
+
+
+def test_what_cannot_be_read_is_listed_and_everything_else_is_drained() -> None:
+    disk, writer = open_cache()
+    writer.write(0, b"0", b"1", b"2", b"3")
+    writer.write(8, b"8")
+    writer.flush()
+    writer.checkpoint()
+    disk.bad = {offset_bytes(writer.addresses[1] + 1 + 2, 64)}
+    recovered = recover(disk, None, b"after power loss", IMAGE)
+    damaged = [offline.CorruptRange(2 * BLOCK, BLOCK, 1)]
+    assert offline.check_payload(disk, recovered.superblock, recovered.records) == damaged
+    image = MemoryImage(10 * BLOCK)
+    with pytest.raises(CacheCorruptError, match="1 ranges are damaged, the first 4096 bytes at 8192"):
+        offline.drain(disk, recovered.superblock, recovered.records, image)
+    assert image.calls == [("write", 0, 2 * BLOCK), ("write", 3 * BLOCK, BLOCK), ("write", 8 * BLOCK, BLOCK)]
+    assert image.synced
+    given_up: list[offline.CorruptRange] = []
+    offline.drain(disk, recovered.superblock, recovered.records, image, give_up=given_up.extend)
+    assert given_up == [offline.CorruptRange(2 * BLOCK, BLOCK, 0)]
+    disk.bad.clear()
+    offline.drain(disk, recovered.superblock, recovered.records, image)
+    assert image.data[2 * BLOCK : 3 * BLOCK] == fill(b"2"), "the fault has passed"

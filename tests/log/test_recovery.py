@@ -373,6 +373,41 @@ def test_damage_to_the_last_flushed_record_is_ambiguous_and_ends_the_log() -> No
     assert after_power_loss(disk).durable_seq == 1
 
 
+def test_bad_sectors_under_data_known_to_be_durable_and_in_free_space_keep_no_log_from_being_opened() -> None:
+    disk, writer = open_cache()
+    for n in range(1, 6):
+        writer.write(n, b"%d" % n)
+    writer.flush()
+    writer.write(6, b"six")  # says that the others were durable
+    for seq in range(1, 6):
+        disk.bad.add(offset(disk, writer.addresses[seq] + 1))
+    disk.bad |= {offset(disk, writer.address + 1), offset(disk, writer.address + 7)}
+    assert after_power_loss(disk).durable_seq == 6
+
+
+def test_bad_sectors_under_headers_are_damage_or_not_known_to_be_none() -> None:
+    whole, writer = open_cache()
+    for n in range(1, 4):
+        writer.write(n, b"%d" % n)
+    writer.flush()
+    writer.checkpoint()
+    writer.write(4, b"four")
+    writer.flush()
+    for seq, what in ((1, "damaged at address 64 "), (3, "expected record 3;"), (4, "where record 4 may be")):
+        disk = whole.copy()
+        disk.bad = {offset(disk, writer.addresses[seq])}
+        error = refused(disk)
+        assert isinstance(error, CacheCorruptError)
+        assert what in str(error)
+        assert "cannot be read at byte" in str(error)
+    for address in (writer.addresses[4] + 1, writer.address):
+        disk = whole.copy()
+        disk.bad = {offset(disk, address)}
+        assert "try again" in str(refused(disk)), "nothing is cut off because a device fails for a moment"
+        disk.bad.clear()
+        assert after_power_loss(disk).durable_seq == 4
+
+
 def test_a_later_record_that_survived_power_loss_alone_is_no_damage() -> None:
     disk, writer = open_cache()
     writer.write(1, b"one")
@@ -585,6 +620,17 @@ def test_a_clean_start_needs_no_tier_and_ignores_one() -> None:
         recovered = recover(disk.copy(), given, BOOT, IMAGE, tier_uuid=NEXT_TIER)
         assert recovered.finding.decision is Decision.WARM
         assert recovered.durable_seq == 4
+
+
+def test_what_cannot_be_read_is_not_needed_when_the_tier_has_it() -> None:
+    whole, writer, tier = crashed(5000)
+    for address in (writer.addresses[3], writer.addresses[3] + 1):
+        disk = whole.copy()
+        disk.bad = {offset(disk, address)}
+        assert blocks_of(restart(disk, tier), disk) == CRASHED
+    disk = whole.copy()
+    disk.bad = {offset(disk, writer.addresses[2])}
+    assert "where record 2 may be" in str(refused(disk, boot=BOOT, tier=tier.parse()))
 
 
 def test_durable_records_that_are_missing_before_the_tier_are_damage() -> None:

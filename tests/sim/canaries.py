@@ -12,7 +12,19 @@ from tests.sim.world import FOCUS
 from vhostcache import guest_requests, log_volume
 from vhostcache import operations as op
 from vhostcache.fill import Fills
-from vhostcache.log import checkpoint, decision, destage, index, ordered, read_ring, recovery, sources, walk, writer
+from vhostcache.log import (
+    checkpoint,
+    decision,
+    destage,
+    index,
+    ordered,
+    read_ring,
+    recovery,
+    sources,
+    unreadable,
+    walk,
+    writer,
+)
 from vhostcache.log.superblock import A_OFFSET_BYTES, B_OFFSET_BYTES
 from vhostcache.map import DIRTY, FREE, ORPHAN, WRITING
 
@@ -36,6 +48,25 @@ for _name in (
     "ordered-without-checkpoints",
 ):
     SIZES[_name] = FOCUS[3]
+for _name in (
+    "given-up-at-the-first-failure",
+    "neighbours-of-a-bad-sector-are-given-up",
+    "a-device-that-reads-nothing-is-given-up",
+    "a-bad-sector-is-never-given-up",
+    "what-has-been-read-is-overwritten-by-a-probe",
+):
+    SIZES[_name] = {"bad_sectors": 0.1, "steps": 200, "destage": True, "flips": 0.0, "cache_faults": 0.0}
+SIZES["what-has-been-read-is-overwritten-by-a-probe"] |= {
+    "object_blocks": 8,
+    "slots": 31,
+    "blocks": 48,
+    "hot_blocks": 48,
+    "whole": 1.0,
+    "writes": 0.9,
+    "openings": 1,
+    "ordered": False,
+    "wants_whole_objects": False,
+}
 for _name in (
     "a-loss-does-not-hold-the-tail",
     "a-loss-does-not-outlive-the-process",
@@ -245,6 +276,68 @@ def superblock_in_place() -> None:
 def write_cache_forgotten() -> None:
     """Hazard 7: what the guest believes is not kept over a restart."""
     _patch(log_volume.LogVolume, "_recall_write_cache", lambda original, self, state: None)
+
+
+# What cannot be read.
+
+
+@canary
+def given_up_at_the_first_failure() -> None:
+    """A fault that would have passed costs data."""
+    unreadable.ATTEMPTS = 1  # type: ignore[misc]
+
+
+@canary
+def a_bad_sector_is_never_given_up() -> None:
+    """The log stands still because of it."""
+    unreadable.ATTEMPTS = 1 << 62  # type: ignore[misc]
+
+
+@canary
+def neighbours_of_a_bad_sector_are_given_up() -> None:
+    """All that one read was to bring, each time."""
+
+    def staged(original: Any, self: Any, read: Any, result: int) -> None:
+        if result != -engine.EIO or not read.destage.errno:
+            original(self, read, result)
+            return
+        for block, address in zip(read.blocks, read.addresses, strict=True):
+            self._leave_out(read.destage, block, address, result)
+        self._go_on(read.destage)
+
+    def addresses(original: Any, self: Any, numbers: Any = None) -> Any:
+        return original(self, ()) if numbers else original(self)
+
+    _patch(sources.Sources, "staged", staged)
+    _patch(unreadable.UnreadableBlocks, "addresses", addresses)
+
+
+@canary
+def what_has_been_read_is_overwritten_by_a_probe() -> None:
+    """The slot into which the device's other blocks are read is one of a read that has succeeded since."""
+    failed: dict[Any, int] = {}
+
+    def staged(original: Any, self: Any, read: Any, result: int) -> None:
+        if result == -engine.EIO:
+            failed[read.destage] = read.slots[0]
+        original(self, read, result)
+
+    def probe(original: Any, self: Any, chosen: Any, *arguments: Any) -> None:
+        chosen.scratch = failed[chosen]
+        original(self, chosen, *arguments)
+
+    _patch(sources.Sources, "staged", staged)
+    _patch(sources.Sources, "_probe", probe)
+
+
+@canary
+def a_device_that_reads_nothing_is_given_up() -> None:
+    """A bad sector and a bad device are not told apart."""
+
+    def judge(original: Any, self: Any, number: int, blocks: Any, device_works: bool, now_ns: int) -> Any:
+        return original(self, number, blocks, True, now_ns)
+
+    _patch(unreadable.UnreadableBlocks, "judge", judge)
 
 
 # The policy `ordered`.

@@ -9,7 +9,7 @@ is what makes it fast.
 import random
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from crc32c import crc32c
@@ -182,6 +182,8 @@ class Engine:
         self.record_blocks = 1 << 20
         self.records: list[LogRecord] = []
         self.states: Counter[str] = Counter()
+        self.loses: Callable[[int], None] = lambda block: None
+        """Told of each block that the log is about to say is lost."""
 
     # --- the turn, as the daemon's loop has it ---
 
@@ -424,6 +426,7 @@ class Engine:
                 assert slot == 0
                 assert count == 1, "nothing else is published with a loss"
                 self.states["a loss is noted in the log"] += 1
+                self.loses(block)
                 self.tier.append(seq, word, slot)
                 return
             else:
@@ -598,6 +601,9 @@ class Engine:
         medium = self.cache if io.kind == CACHE_READ else self.backend
         blocks = medium.live[io.block : io.block + io.count]
         if io.kind == CACHE_READ:
+            if any(io.block <= block < io.block + io.count for block in self.cache.bad):
+                self.states["a bad sector is read"] += 1
+                return -EIO
             position = io.block - RING_BLOCK
             for crc, data in zip(self.crcs[position : position + io.count], blocks, strict=True):
                 if crc32c(data) != crc:

@@ -11,6 +11,7 @@ It never looks into the core.
 """
 
 import struct
+from collections.abc import Callable
 from typing import Final
 
 from tests.sim.medium import BLOCK, SECTOR, ZEROES
@@ -104,6 +105,8 @@ class Guest:
         self.unsafe = False
         """Flushes promise nothing."""
         self.errors_allowed = False
+        self.may_fail: Callable[[Request], bool] = lambda request: False
+        """Whether this one may be answered with an error, if not all may."""
         self.errors = 0
         self.probes: set[int] = set()
         """Serials of reads that the oracle makes itself, to see what is there."""
@@ -251,7 +254,7 @@ class Guest:
         if status:
             self.errors += 1
             request.failed = True
-            if not self.errors_allowed:
+            if not (self.errors_allowed or self.may_fail(request)):
                 raise Wrong(f"{request} is answered with status {status} although nothing has failed")
         elif kind == op.REQUEST_READ:
             if request.serial not in self.probes:

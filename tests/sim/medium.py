@@ -2,13 +2,16 @@
 
 Owns what a read returns now (`live`) and, for each block written since it was last known durable, every version that a
 power loss may leave of it. A sync covers only writes whose completion had been reported when it was issued. Power loss
-picks for each block, or each of its sectors, any of the versions, so writes are lost, torn and reordered. It never
-decides when anything happens: engine and world do.
+picks for each block, or each of its sectors, any of the versions, so writes are lost, torn and reordered. A bad block
+cannot be read until it is written, as sectors that a disk replaces then. It never decides when anything happens: engine
+and world do.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from typing import Final
+
+from vhostcache.errors import CacheUnreadableError
 
 BLOCK: Final = 4096
 SECTOR: Final = 512
@@ -28,6 +31,8 @@ class Medium:
         """Block -> what it may hold after a power loss; the first is durable, the last is live."""
         self.reported: dict[int, bytes] = {}
         """What a sync issued now covers."""
+        self.bad: dict[int, int] = {}
+        """Block that cannot be read -> since when."""
         self.rng = rng
         self.stamp = 1
         """Moves with each write, as a file's mtime does."""
@@ -46,6 +51,8 @@ class Medium:
             versions.append(data)
         self.live[block] = data
         self.stamp += 1
+        if self.bad:
+            self.bad.pop(block, None)
 
     def tear(self, block: int, data: bytes) -> bytes:
         """What a write that was cut short leaves: some sectors new, the others as they were."""
@@ -128,6 +135,9 @@ class SyncDisk:
         assert offset >= 0
         assert offset + size <= self.size_bytes, "a read beyond the device's end"
         first, end = offset // BLOCK, -(-(offset + size) // BLOCK)
+        for block in self.medium.bad:
+            if first <= block < end:
+                raise CacheUnreadableError("cache", f"cannot be read at byte {block * BLOCK}: simulated")
         if end - first == 1 and size == BLOCK:
             return self.medium.live[first]
         data = b"".join(self.medium.live[first:end])

@@ -28,7 +28,7 @@ from tests.sim.engine import (
     LogRecord,
     Tier,
 )
-from tests.sim.guest import Guest, Wrong, describe
+from tests.sim.guest import Guest, Request, Wrong, describe
 from tests.sim.medium import BLOCK, SECTOR, ZEROES, Crash, Medium, SyncDisk, blocks_of
 from vhostcache import operations as op
 from vhostcache.errors import OperationError
@@ -37,6 +37,8 @@ from vhostcache.log import read_ring, recovery
 from vhostcache.log import superblock as superblocks
 from vhostcache.log import tier as log_tier
 from vhostcache.log.recovery import BackendFacts, Recovered
+from vhostcache.log.sources import StagingRead
+from vhostcache.log.unreadable import ATTEMPTS, RETRY_NS
 from vhostcache.log_volume import LogVolume, LogVolumeSettings
 
 MILLISECOND: Final = 1_000_000
@@ -45,7 +47,17 @@ GROUPS: Final = 160
 """Fewer than the engine has: running out of them is to happen too."""
 CHANGES: Final = (op.REQUEST_DISCARD, op.REQUEST_ZERO, op.REQUEST_ZERO_UNMAP)
 
+PATIENCE_NS: Final = (ATTEMPTS - 1) * RETRY_NS
+"""A block that cannot be read is not to be given up before."""
+SECTORS_MOST: Final = 3
+"""Bad ones and losses at a time: the smallest rings keep room for two records that say so."""
+
 STATES: Final = (
+    "a bad sector",
+    "a bad sector is given up",
+    "a bad sector is read",
+    "a bad sector where the log may end is refused",
+    "a fault of a sector passes",
     "a changed image is refused",
     "a fill",
     "a loss is appended again",
@@ -104,6 +116,7 @@ STATES: Final = (
     "the RAM tier is read byte by byte",
     "the RAM tier's ring is full",
     "the backend is read for a whole object",
+    "the cache device reads nothing for a while",
     "the backend is read into guest memory",
     "the log is full",
     "the read cache is read",
@@ -182,6 +195,8 @@ class Sizes:
     recovery_crashes: float
     power: float
     """Share of power losses among the crashes."""
+    bad_sectors: float = 0.0
+    """Share of steps in which something of the log cannot be read any more."""
 
 
 FOCUS: Final[tuple[dict[str, Any], ...]] = (
@@ -321,7 +336,12 @@ class World:
         self.seed = seed
         self.trace = trace
         self.rng = random.Random(seed)
-        self.sizes = replace(choose_sizes(self.rng), **fixed)
+        sizes = replace(choose_sizes(self.rng), **fixed)
+        self.sectors = random.Random(f"bad sectors of {seed}")
+        """Apart, so that they change nothing in the life of other seeds."""
+        if not (fixed or sizes.flips) and self.sectors.random() < 0.15:
+            sizes = replace(sizes, bad_sectors=0.05, steps=2 * sizes.steps)
+        self.sizes = sizes
         self.states: Counter[str] = Counter()
         size = self.sizes
         self.guest = Guest(size.blocks * 8 - size.missing_sectors)
@@ -344,6 +364,16 @@ class World:
         self.guest_died = False
         self.flips: list[tuple[int, bytes, bytes]] = []
         """Bits that have flipped: block of the cache file, before, after."""
+        self.healing: dict[int, int] = {}
+        """Block of the cache file that cannot be read -> when it can again."""
+        self.healed: dict[int, int] = {}
+        """Block of the cache file that can be read again -> for how long it could not, in ns."""
+        self.broken: set[int] = set()
+        """What has been there, as in the index: none of it breaks twice."""
+        self.suspects: set[int] = set()
+        """Blocks of the disk of which the log had something there."""
+        self.cache_reads_from_ns = 0
+        """Until then the cache device reads nothing at all."""
         self.image_changed = False
         """By others."""
         self.image_has_been_changed = False
@@ -384,7 +414,7 @@ class World:
                     self.check_once_more()
                     return self.states
                 if self.rng.random() < self.sizes.shutdowns:
-                    if self.migrations.random() < 0.25 and not self.flips:
+                    if self.migrations.random() < 0.25 and not (self.flips or self.suspects):
                         self.hand_over()
                     else:
                         self.close()
@@ -441,6 +471,8 @@ class World:
             except Crash:
                 self.note(f"crash in recovery at its operation {countdown}")
                 self.states["crash in recovery"] += 1
+                # What the RAM tier has of an unreadable record is being appended anew: if it goes now, so does that.
+                self.rot_may_pass = self.rot_may_pass or bool(self.cache.bad)
                 self.stop()
                 continue
             except OSError:
@@ -506,6 +538,8 @@ class World:
         engine.trace = self.trace
         engine.states = self.states
         engine.records = self.records
+        engine.loses = self.loses
+        self.guest.may_fail = self.may_fail
         engine.record_blocks = size.record_blocks
         engine.previous_crc = recovered.previous_crc
         for record in recovered.records:
@@ -564,7 +598,7 @@ class World:
     def look_at_the_image(self) -> None:
         """As if cache, RAM and host were lost in this moment: in the policy `ordered` there is a promise for that."""
         size = self.sizes
-        if not size.ordered or size.policies or self.flips or self.image_has_been_changed:
+        if not size.ordered or size.policies or self.flips or self.suspects or self.image_has_been_changed:
             return
         alone = Medium(0, self.rng)
         alone.live = list(self.backend.live)
@@ -585,16 +619,19 @@ class World:
             if not self.rot_may_pass:
                 raise
             # Destaged or not, the newest durable record cannot be told from one that was never whole.
-            self.states["rot in the newest durable record passes for the end of the log"] += 1
+            if self.flips:
+                self.states["rot in the newest durable record passes for the end of the log"] += 1
             # But nothing of it, nor of what came after it, had been destaged.
             guest.check(disk, 0)
             return False
         self.note(f"found {count} of {len(guest.accepted)} accepted changes, {floor} promised")
         if count < len(guest.accepted):
             self.states["a power loss lost what was not flushed"] += 1
-        if self.flips:
+        if self.flips or (None in disk and self.guest_died and not self.closed_cleanly):
             return False
-        guest.settled(disk, self.guest_died, count)
+        guest.settled(
+            [guest.state[b] if disk[b] is None else disk[b] for b in range(guest.blocks)], self.guest_died, count
+        )
         if self.guest_died:
             guest.write_through = self.sizes.acknowledge_durable and not self.sizes.ignore_flush
         self.volume.connected()
@@ -608,7 +645,7 @@ class World:
     def read_everything(self) -> list[bytes | None]:
         """Through the core, undisturbed; None for what is answered with an error."""
         guest, engine = self.guest, self.engine
-        step = 1 if self.flips else 8
+        step = 1 if self.flips or self.suspects else 8
         probes = []
         self.calm = True
         guest.park()
@@ -624,9 +661,10 @@ class World:
         disk: list[bytes | None] = []
         for probe in probes:
             if probe.failed:
-                if not self.flips:
+                if self.flips:
+                    self.states["rot found by a read"] += 1
+                elif not self.may_fail(probe):
                     raise Wrong(f"{probe} fails after recovery")
-                self.states["rot found by a read"] += 1
                 disk.append(None)
             else:
                 data = bytes(probe.payload)
@@ -668,6 +706,66 @@ class World:
             return True
         return any(r.durable_seq >= hit.seq and live[r.block] == r.data[0] for r in self.records if r.seq > hit.seq)
 
+    # --- bad sectors ---
+
+    def break_a_sector(self) -> None:
+        """Something that the log has cannot be read any more; for a while, or until it is overwritten."""
+        index, random_number = self.volume._index, self.sectors.random
+        values = {block: index.lookup(block) for block in range(self.guest.blocks)}
+        found = [
+            block
+            for block, value in values.items()
+            if value and not value & 1 and value not in self.broken and not index.is_lost(block)
+        ]
+        if not found or len(self.cache.bad) + len(index.lost) >= SECTORS_MOST:
+            return
+        block = found[int(random_number() * len(found))]
+        sector = RING_BLOCK + (values[block] >> 1) % self.sizes.ring_blocks
+        self.note(f"block {sector} of the cache file, which has block {block}, cannot be read")
+        self.states["a bad sector"] += 1
+        self.suspects.add(block)
+        self.broken.add(values[block])
+        self.cache.bad[sector] = self.now_ns
+        self.healing.pop(sector, None)
+        self.healed.pop(sector, None)
+        if random_number() < 0.5:
+            self.healing[sector] = self.now_ns + int(random_number() * 60_000) * MILLISECOND
+
+    def stutters(self, io: Io) -> bool:
+        """Whether a read for a destage fails that would succeed when it is repeated: of several blocks."""
+        if not self.sizes.bad_sectors or io.count < 2 or self.sectors.random() >= 0.3:
+            return False
+        return isinstance(self.volume._io._owners[io.group], StagingRead)
+
+    def heal(self) -> None:
+        for sector in [sector for sector, when_ns in self.healing.items() if when_ns <= self.now_ns]:
+            del self.healing[sector]
+            since_ns = self.cache.bad.pop(sector, None)
+            if since_ns is not None:
+                self.healed[sector] = self.now_ns - since_ns
+                self.note(f"block {sector} of the cache file can be read again")
+                self.states["a fault of a sector passes"] += 1
+
+    def loses(self, block: int) -> None:
+        """The log is about to say that this is lost: only what cannot be read is, and has not been for long."""
+        value = self.volume._index.lookup(block)
+        overwritten = value & 1  # since this turn began
+        if overwritten or self.flips or self.sizes.cache_faults or self.volume._index.is_lost(block):
+            return
+        sector = RING_BLOCK + (value >> 1) % self.sizes.ring_blocks
+        if sector not in self.cache.bad and sector not in self.healed:
+            raise Wrong(f"block {block} is given up, and its sector is good")
+        # There may have been no room to say so before it could be read again.
+        bad_ns = self.now_ns - self.cache.bad[sector] if sector in self.cache.bad else self.healed[sector]
+        if bad_ns < PATIENCE_NS:
+            raise Wrong(f"block {block} is given up after {bad_ns // MILLISECOND} ms")
+        self.states["a bad sector is given up"] += 1
+
+    def may_fail(self, request: Request) -> bool:
+        """Whether the request touches what a bad sector had."""
+        first, end = request.sector // 8, -(-(request.sector + request.sectors) // 8)
+        return any(first <= block < end for block in self.suspects)
+
     def write_the_image(self) -> None:
         """Somebody else changes the image while no daemon serves it."""
         self.note("the image is written by others")
@@ -682,10 +780,24 @@ class World:
         if self.image_changed:
             self.states["a changed image is refused"] += 1
             return False
+        if self.cache.bad and "cannot be read at byte" in str(error):
+            self.refused_for_a_bad_sector(error)
+            return False
         if all(block < 2 for block, _, _ in self.flips) and len(self.flips) < 2:
             raise Wrong(f"recovery refuses a cache that is in order: {error}")
         self.states["rot found by recovery"] += 1
         return False
+
+    def refused_for_a_bad_sector(self, error: OperationError) -> None:
+        """Rightly so where nobody knows whether the log goes on there."""
+        ring_blocks = self.sizes.ring_blocks
+        block = superblocks.newest(*(superblocks.unpack(self.cache.live[at]) for at in (0, 1)))
+        assert block is not None
+        (sector,) = (at for at in self.cache.bad if f" {at * BLOCK}:" in str(error))
+        address = block.tail_address + (sector - RING_BLOCK - block.tail_address) % ring_blocks
+        if address < block.durable_address:
+            raise Wrong(f"a bad sector under data that need not be read yet keeps the log from being opened: {error}")
+        self.states["a bad sector where the log may end is refused"] += 1
 
     # --- work ---
 
@@ -702,6 +814,8 @@ class World:
             elif choice > 1 - size.rare:
                 self.rare()
             self.advance()
+            if size.bad_sectors:
+                self.wear_out()
             engine.turn(volume, self.now_ns)
             if volume._ahead is not None and volume._ahead.held:
                 self.states["blocks are read ahead"] += 1
@@ -733,6 +847,20 @@ class World:
             self.now_ns += int(3 * MILLISECOND * choice)
         else:
             self.now_ns += 400 * MILLISECOND
+
+    def wear_out(self) -> None:
+        """The cache device gets bad sectors, or does not read at all; time flies meanwhile, now and then."""
+        random_number = self.sectors.random
+        choice = random_number()
+        if choice < self.sizes.bad_sectors:
+            self.break_a_sector()
+        elif choice > 1 - self.sizes.bad_sectors / 10:
+            self.states["the cache device reads nothing for a while"] += 1
+            self.guest.errors_allowed = True
+            self.cache_reads_from_ns = self.now_ns + int(random_number() * 100_000) * MILLISECOND
+        elif self.cache.bad and random_number() < 0.1:
+            self.now_ns += RETRY_NS
+        self.heal()
 
     def submit_random(self) -> None:
         size, random_number = self.sizes, self.rng.random
@@ -845,6 +973,10 @@ class World:
             failed = self.sizes.backend_faults > 0 and (
                 self.now_ns < self.backend_outage_until_ns or self.rng.random() < self.sizes.backend_faults
             )
+        if io.kind == CACHE_READ:
+            failed = failed or self.now_ns < self.cache_reads_from_ns
+            if not failed and self.stutters(io):
+                return EIO
         full = io.kind == BACKEND_WRITE and self.now_ns < self.backend_full_until_ns
         if not (failed or full):
             return 0
@@ -944,6 +1076,7 @@ class World:
         self.note("finish")
         self.engine.countdown = -1
         self.backend_outage_until_ns = self.backend_full_until_ns = self.cache_outage_until_ns = 0
+        self.cache_reads_from_ns = 0
         self.sizes = replace(self.sizes, cache_faults=0.0, backend_faults=0.0)
         if self.flips:
             self.look_at_the_rotten()
@@ -952,12 +1085,25 @@ class World:
         self.volume.drain()
         self.engine.deadline_ns = 0
         self.until(lambda: self.volume.drained, "draining")
+        lost = self.look_at_the_lost() if self.suspects else set()
         for block, content in enumerate(self.guest.state):
             versions = self.backend.versions.get(block)
             durable = versions[0] if versions else self.backend.live[block]
-            if durable != content:
+            if durable != content and block not in lost:
                 raise Wrong(f"after draining, block {block} of the backend is not what the guest wrote")
         self.states["drained"] += 1
+
+    def look_at_the_lost(self) -> set[int]:
+        """What was given up is answered with errors, and the image has an older version of it."""
+        guest = self.guest
+        lost = {block for block in range(guest.blocks) if self.volume._index.is_lost(block)}
+        guest.check_known([self.backend.live[block] for block in range(guest.blocks)])
+        for block, content in enumerate(self.read_everything()):
+            if content is not None and (block in lost or content != guest.state[block]):
+                raise Wrong(
+                    f"block {block} reads {describe(content)}, and {'is lost' if block in lost else 'should not'}"
+                )
+        return lost
 
     def look_at_the_rotten(self) -> None:
         """With rot in it, a log goes on and drains all the same. Nothing wrong gets to the backend; and what was not
@@ -986,7 +1132,10 @@ class World:
             elif engine.deadline_ns >= op.NEVER:
                 break
             else:
-                self.now_ns = max(self.now_ns + 1, engine.deadline_ns)
+                # Bad sectors are given up after a minute or so, however often a checkpoint is due.
+                least_ns = 100 * MILLISECOND if self.cache.bad else 1
+                self.now_ns = max(self.now_ns + least_ns, engine.deadline_ns)
+                self.heal()
         raise Wrong(f"{what} does not end: {list(self.guest.live.values())} {volume.statistics()}")
 
     def stop(self) -> None:

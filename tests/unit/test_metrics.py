@@ -73,6 +73,7 @@ def test_the_merge_ratio_is_how_many_writes_one_write_to_the_backend_stands_for(
 
 def test_a_log_is_told_by_itself_with_what_it_costs_for_each_byte_accepted() -> None:
     levels = {"log_blocks": 1000, "log_used_blocks": 130, "volatile_blocks": 2, "lost_blocks": 1, "log_hits": 7}
+    levels["unreadable_blocks"] = 3
     levels |= {"log_pace_blocks_per_s": 256, "log_wanted_blocks": 0, "log_blocked": 0}
     core = {**levels, "log_records": 4, "log_payload_blocks": 100, "hits": 1}
     engine = counters(
@@ -92,6 +93,7 @@ def test_a_log_is_told_by_itself_with_what_it_costs_for_each_byte_accepted() -> 
         "log_bytes": 1000 * 4096,
         "log_used_bytes": 130 * 4096,
         "volatile_bytes": 2 * 4096,
+        "unreadable_bytes": 3 * 4096,
         "lost_bytes": 4096,
         "log_hits": 7,
         "pace_bytes_per_s": 1 << 20,

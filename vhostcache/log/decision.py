@@ -239,6 +239,11 @@ class Situation:
         return self.walk.head_address < self.superblock.durable_address
 
     @property
+    def lacks_what_is_unreadable(self) -> bool:
+        """Something behind the durable address cannot be read, and the RAM tier has not everything from there on."""
+        return self.walk.is_unreadable and not (self.replay and self.replay[0].seq <= self.walk.next_seq)
+
+    @property
     def miscounted(self) -> bool:
         """The durable address is reached with another seq than the superblock has for it."""
         block, found = self.superblock, self.walk
@@ -449,6 +454,13 @@ DECISIONS: Final = (
         ),
         lambda s: f"record {s.walk.next_seq}; all below address {s.superblock.durable_address} is known to be durable",
         _GIVE_UP,
+    ),
+    Row(
+        lambda s: s.lacks_what_is_unreadable,
+        Decision.CORRUPT,
+        lambda s: f"the log {s.walk.end}, where record {s.walk.next_seq} may be",
+        "a device that reads it, or a record known to be the last",
+        f"try again; {_GIVE_UP}",
     ),
     Row(
         lambda s: s.miscounted,

@@ -8,7 +8,8 @@ Owns the objects being written and those written but not flushed. Invariants:
 - an object is clean below the log address at which its destage began only after a backend flush that was issued when
   all its writes had ended.
 Which object is next is the business of choose.py, or of ordered.py; where its blocks come from that of sources.py. What
-has rotted the log says to be lost (losses.py) before the object counts as clean.
+has rotted, or has been given up because it cannot be read (unreadable.py), the log says to be lost (losses.py) before
+the object counts as clean.
 """
 
 from collections import deque
@@ -26,6 +27,7 @@ from vhostcache.log.losses import Losses
 from vhostcache.log.ordered import OrderedQueue
 from vhostcache.log.pace import RAMP_BEGIN, RAMP_END
 from vhostcache.log.sources import LogDestage, Sources
+from vhostcache.log.unreadable import ATTEMPTS, RETRY_NS, UnreadableBlocks
 from vhostcache.log.writer import INTERNAL, LogWriter
 from vhostcache.map import Map
 from vhostcache.readcache import ReadCache
@@ -35,8 +37,6 @@ FLUSH: Final = -1
 """In place of an object: the backend flush."""
 AGED_OBJECTS_MAX: Final = 2
 """Objects in flight only because they are old: nobody waits for them, and the guest may be busy."""
-HELD_RETRY_NS: Final = 10_000_000_000
-"""An object with blocks that can't be read is looked at again so much later."""
 WRITING_NS: Final = 1_000_000_000
 """A log whose head has not moved for so long has nobody who waits for its room."""
 STEP_BLOCKS: Final = 16
@@ -125,6 +125,8 @@ class LogDestager:
         """Flushed, but a newer version of something is not durable yet."""
         self._held: dict[int, int] = {}
         """Objects with blocks that can't be read -> when to look again."""
+        self._device_told_ns = 0
+        """Before this it is not said again that the cache device reads nothing."""
         self.draining = False
         self.stopped = False
         """Nothing new is started."""
@@ -137,6 +139,7 @@ class LogDestager:
         """All their sources are there."""
         self._chooser = Chooser(index, self._is_waiting, writer.durable_address)
         self._speed = Speed()
+        self._unreadable = UnreadableBlocks()
         preferred = settings.preferred_blocks
         unit = preferred if 1 < preferred < block_map.object_blocks else block_map.object_blocks
         self._sources = Sources(
@@ -145,6 +148,7 @@ class LogDestager:
             io,
             index,
             writer,
+            self._unreadable,
             self._speed,
             notices,
             staging_blocks=settings.staging_blocks,
@@ -201,6 +205,7 @@ class LogDestager:
         return {
             **self.counters,
             "blocks_read_back": self._sources.blocks_read_back,
+            "unreadable_blocks": self._unreadable.count,
             "backend_failures": self.trouble.failures,
             "backend_error": self.trouble.error,
             "backend_held": self.trouble.held,
@@ -210,6 +215,11 @@ class LogDestager:
             "backend_write_us": self._speed.write_ns // 1000,
             "backend_blocks_per_s": self._speed.blocks_per_s,
         }
+
+    def retry(self) -> None:
+        """Somebody says that it has been mended: whatever waits for its next attempt is tried at once."""
+        self.trouble.retry()
+        self._held.clear()
 
     def set_objects_max(self, objects_max: int) -> None:
         """The most objects in flight."""
@@ -581,20 +591,41 @@ class LogDestager:
     def _finish(self, destages: list[LogDestage]) -> None:
         waiting = []
         for destage in destages:
+            if destage.unreadable and not destage.again:
+                self._judge(destage)
             if destage.rotten and not destage.again:
                 self._record_losses(destage)
             if destage.again:
                 self._restore(destage.number)
             elif destage.need_seq > self._writer.durable_seq or destage.rotten:
                 waiting.append(destage)
-            elif destage.unreadable:
+            elif destage.held:
                 self._restore(destage.number)
-                self._held[destage.number] = self.now_ns + HELD_RETRY_NS
+                self._held[destage.number] = self.now_ns + RETRY_NS
             else:
                 self._held.pop(destage.number, None)
+                self._unreadable.forget(destage.number)
                 if self.ordered is None:
                     self._index.destaged(destage.number, destage.address)
         self._flushed = waiting
+
+    def _judge(self, destage: LogDestage) -> None:
+        """Of what could not be read: what is given up is lost, as if it had rotted, and all else is tried again."""
+        works = destage.device_reads and not self._writer.blocked
+        given_up, left = self._unreadable.judge(destage.number, destage.unreadable, works, self.now_ns)
+        destage.unreadable = []
+        destage.rotten += given_up
+        destage.held = bool(left)
+        for place in _places([block for block, address in given_up if self._index.lookup(block) == address << 1]):
+            self.notices.append(("log-lost", {"errno": destage.errno, **place, "attempts": ATTEMPTS}))
+        if not works:
+            if self.now_ns < self._device_told_ns:
+                return  # of one of the objects that cannot be read
+            self._device_told_ns = self.now_ns + RETRY_NS
+        for counted in sorted(set(left.values())):
+            for place in _places([block for block, attempts in left.items() if attempts == counted]):
+                fields = {"errno": destage.errno, **place, "attempts": counted, "of_attempts": ATTEMPTS}
+                self.notices.append(("log-unreadable", {"operation": "destage", **fields}))
 
     def _record_losses(self, destage: LogDestage) -> None:
         """As many as there is room for."""
@@ -610,6 +641,15 @@ class LogDestager:
 
 def _no_checkpoint(when_done: Callable[[], None]) -> None:
     when_done()
+
+
+def _places(blocks: list[int]) -> list[dict[str, object]]:
+    """Where on the disk they are, for people: neighbours together."""
+    blocks = sorted(blocks)
+    return [
+        {"offset": blocks[start] * op.BLOCK_BYTES, "bytes": (end - start) * op.BLOCK_BYTES}
+        for start, end in _runs(blocks, len(blocks))
+    ]
 
 
 def _runs(blocks: list[int], most: int) -> list[tuple[int, int]]:

@@ -1,9 +1,10 @@
 """Losses: blocks of which the log had the newest version, and has it no more.
 
-A block that fails its checksum twice when it is to be destaged has rotted. Nobody has its data any more; but that it
-is lost must not be forgotten, or its reads would show what the backend still has. So the log says so: an extent of kind
-LOST takes the place of the data. From then on reads of the block are answered with an error, also after a restart,
-until the guest overwrites it; destaging has nothing to do with it, and the log's tail goes on past the data.
+A block that fails its checksum twice when it is to be destaged has rotted, and one that cannot be read is given up at
+last (unreadable.py). Nobody has its data any more; but that it is lost must not be forgotten, or its reads would show
+what the backend still has. So the log says so: an extent of kind LOST takes the place of the data. From then on reads
+of the block are answered with an error, also after a restart, until the guest overwrites it; destaging has nothing to
+do with it, and the log's tail goes on past the data.
 
 Invariants: an extent LOST is appended only while nothing newer is known of its block; the clean address never passes
 the newest such extent of a block that is still lost. When the log has gone on for a part of its ring, the extent is

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from crc32c import crc32c
 
-from vhostcache.errors import CacheCorruptError
+from vhostcache.errors import CacheCorruptError, CacheUnreadableError
 from vhostcache.log.format import DATA, DISCARD, LOST, PAD, ZERO, offset_bytes, split_extent
 from vhostcache.log.superblock import Superblock
 from vhostcache.log.walk import BlockReader, Disk, Progress, RecordFacts
@@ -135,7 +135,7 @@ class DirtyMap:
         return sorted(found, key=lambda one: (-one.data_blocks, -one.zero_blocks, one.number))
 
     def lost(self) -> list[CorruptRange]:
-        """What a daemon has found rotten, and nobody has overwritten since."""
+        """What a daemon has found rotten or unreadable, and nobody has overwritten since."""
         found: list[CorruptRange] = []
         for number in self.objects:
             for run in self.runs(number):
@@ -146,7 +146,7 @@ class DirtyMap:
 
 
 class PayloadReader:
-    """Payload blocks by log address, each with its checksum held against what was read."""
+    """Payload blocks by log address, each with its checksum held against what was read, if that can be read."""
 
     def __init__(self, disk: Disk, superblock: Superblock, records: Sequence[RecordFacts]) -> None:
         self._reader = BlockReader(disk, superblock.ring_blocks)
@@ -155,34 +155,40 @@ class PayloadReader:
         self._starts = [record.address for record in self._records]
 
     def read(self, addresses: Sequence[int]) -> Iterator[bytes | None]:
-        """Each block, or None where its checksum is wrong."""
+        """Each block, or None where its checksum is wrong or it cannot be read."""
         for address in addresses:
             record = self._records[bisect_right(self._starts, address) - 1]
             index = address - record.address - record.header_blocks
-            data = self._reader.blocks(address, 1, record.payload_blocks - index)
-            yield bytes(data) if crc32c(data) == record.crcs[index] else None
+            data = _payload_block(self._reader, record, index)
+            yield bytes(data) if data is not None else None
+
+
+def _payload_block(reader: BlockReader, record: RecordFacts, index: int) -> memoryview | None:
+    """None: nobody can have it any more, or not now."""
+    try:
+        data = reader.blocks(record.address + record.header_blocks + index, 1, record.payload_blocks - index)
+    except CacheUnreadableError:
+        return None
+    return data if crc32c(data) == record.crcs[index] else None
 
 
 def check_payload(
     disk: Disk, superblock: Superblock, records: Sequence[RecordFacts], progress: Progress | None = None
 ) -> list[CorruptRange]:
-    """Read the payload of every record; the ranges of the volume whose data there is damaged."""
+    """Read the payload of every record; the ranges of the volume whose data there is damaged, or cannot be read."""
     reader = BlockReader(disk, superblock.ring_blocks)
     corrupt: list[CorruptRange] = []
     total = sum(record.payload_blocks for record in records)
     done = 0
     for record in records:
-        address = record.address + record.header_blocks
         index = 0
         for word in record.extents:
             block, count, kind = split_extent(word)
             if kind != DATA:
                 continue
             for at in range(block, block + count):
-                data = reader.blocks(address, 1, record.payload_blocks - index)
-                if crc32c(data) != record.crcs[index]:
+                if _payload_block(reader, record, index) is None:
                     _add_corrupt(corrupt, at, record.seq)
-                address += 1
                 index += 1
         done += record.payload_blocks
         if progress:
@@ -242,7 +248,7 @@ def drain(
         raise CacheCorruptError(
             subject,
             f"{len(corrupt)} ranges are damaged, the first {corrupt[0].size_bytes} bytes at {corrupt[0].offset_bytes}",
-            "data with a right checksum",
+            "data that can be read, with a right checksum",
             "all the rest has been written to the image, and `vhostcache check` lists them; with --give-up-damaged the"
             " image keeps its older version there, and the cache can be used again",
         )

@@ -2,7 +2,7 @@
 
 Owns the staging slots, and decides what is written beside what is dirty. Sources are clean slots in RAM, pinned
 meanwhile, and reads of the log; for what lies between two dirty runs, and for whole objects, one read of the backend as
-well: nobody else writes to it. What fails its checksum is left out, and the destage says so.
+well: nobody else writes to it. What fails its checksum, or cannot be read, is left out, and the destage says so.
 
 Invariants: staging slots are set apart at the start, so destaging never waits for what waits for destaging; a block
 that is written beside the dirty ones has what the backend has, or what it is to have with this destage. It never
@@ -10,6 +10,8 @@ writes, and never decides which object is next.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from typing import Final, Protocol
 
 from vhostcache import operations as op
@@ -17,11 +19,12 @@ from vhostcache.backend_io import BackendIo
 from vhostcache.log import format as fmt
 from vhostcache.log.depth import Speed
 from vhostcache.log.index import LogIndex
+from vhostcache.log.probe import EBADMSG, Probe
+from vhostcache.log.unreadable import WITNESSES, UnreadableBlocks
 from vhostcache.log.writer import LogWriter
 from vhostcache.map import CLEAN, ORPHAN, PINNED, Map
 from vhostcache.readcache import ReadCache
 
-EBADMSG: Final = 74
 ZERO_SLOT: Final = 1
 """A slot of zeroes that is never written."""
 READ_BLOCKS_MAX: Final = 256
@@ -52,6 +55,9 @@ class LogDestage:
         "bridged",
         "considered",
         "count",
+        "device_reads",
+        "errno",
+        "held",
         "kept",
         "later",
         "missing",
@@ -62,6 +68,7 @@ class LogDestage:
         "reading",
         "resting_ns",
         "rotten",
+        "scratch",
         "slots",
         "small",
         "span",
@@ -90,7 +97,7 @@ class LogDestage:
         self.reading: list[int] = []
         """Log addresses that its reads keep from being reused."""
         self.later: list[tuple[list[int], list[int], list[int]]] = []
-        """Parts of a read that found rot, to be read again: addresses, blocks, slots."""
+        """Parts of a read that has failed, to be read again: addresses, blocks, slots."""
         self.span = range(0)
         """Blocks that are read from the backend before, to be written as a whole; and the slots they go to."""
         self.span_slots: list[int] = []
@@ -111,8 +118,16 @@ class LogDestage:
         """Before this it writes nothing more."""
         self.rotten: list[tuple[int, int]] = []
         """Blocks that were left out, and where they have rotted: the log has to say so."""
-        self.unreadable = False
-        """Blocks that can't be read were left out: the object does not become clean."""
+        self.unreadable: list[tuple[int, int]] = []
+        """Blocks that were left out because the cache device did not read them, and where they are in the log."""
+        self.errno = 0
+        """What it answered; 0: it has read everything."""
+        self.device_reads = True
+        """It could read other places of the log since."""
+        self.scratch = 0
+        """A slot of one that has not been read, into which they are."""
+        self.held = False
+        """Some of them are to be tried again: the object does not become clean."""
         self.again = False
         """Something has failed meanwhile: all of it has to be done again."""
 
@@ -168,6 +183,7 @@ class Sources:
         io: BackendIo,
         index: LogIndex,
         writer: LogWriter,
+        unreadable: UnreadableBlocks,
         speed: Speed,
         notices: list[tuple[str, dict[str, object]]],
         *,
@@ -183,6 +199,7 @@ class Sources:
         self._io = io
         self._index = index
         self._writer = writer
+        self._unreadable = unreadable
         self._speed = speed
         self.notices = notices
         self.size_bytes = size_bytes
@@ -197,9 +214,8 @@ class Sources:
             block_map.state[slot] = ORPHAN
         self._wanted = 0
         """Of the staging slots, for the next destage."""
-        self._reads: dict[int, int] = {}
-        """Object -> its staging reads in flight."""
         self.blocks_read_back = 0
+        self._probes = 0
 
     @property
     def short(self) -> bool:
@@ -434,7 +450,11 @@ class Sources:
             self._end(destage)
             return
         fetch.sort(key=lambda pair: pair[1])
-        count = len(fetch)
+        count = whole = len(fetch)
+        if self._unreadable and (bad := self._unreadable.addresses((destage.number,))):
+            # What could not be read before comes last, block by block: all the rest is read in long pieces.
+            fetch.sort(key=lambda pair: pair[1] in bad)
+            whole = sum(address not in bad for _, address in fetch)
         if destage.span:
             first = destage.span.start
             slots = [destage.span_slots[block - first] for block, _ in fetch]
@@ -442,17 +462,15 @@ class Sources:
             slots = destage.staged
         addresses = [address for _, address in fetch]
         blocks = [block for block, _ in fetch]
-        self._reads[destage.number] = 0
         # Not all of them in one turn: each costs the kernel a microsecond or two.
-        for start in range(0, count, READS_AT_ONCE):
-            end = start + READS_AT_ONCE
+        for start in (*range(0, whole, READS_AT_ONCE), *range(whole, count)):
+            end = min(whole, start + READS_AT_ONCE) if start < whole else start + 1
             destage.later.append((addresses[start:end], blocks[start:end], slots[start:end]))
         destage.later.reverse()
         self._read(destage, *destage.later.pop())
 
     def _read(self, destage: LogDestage, addresses: list[int], blocks: list[int], slots: list[int]) -> None:
         """Read from the log, neighbours at once. `addresses` ascend."""
-        self._reads[destage.number] += 1
         group = self._io.begin(StagingRead(self, destage, addresses, blocks, slots))
         ring_blocks, log_read = self._writer.ring_blocks, self._io.log_read
         count = len(addresses)
@@ -472,30 +490,66 @@ class Sources:
         if result == 0:
             destage.blocks += read.blocks
             destage.slots += read.slots
-        elif result == -EBADMSG and len(read.blocks) > 1:
-            # In halves, to leave out only what is rotten; one after the other, for rot may be everywhere.
+            self._go_on(destage)
+            return
+        destage.span = range(0)  # what the backend had there may have been overwritten in the slots
+        destage.bridged = 0
+        if result != -EBADMSG:
+            self._writer.counters["log_failures"] += 1
+            if not destage.errno:
+                # A device that reads nothing at all is not asked for each block: all of this once more, if it does.
+                destage.errno = -result
+                destage.scratch = read.slots[0]
+                destage.later.append((read.addresses, read.blocks, read.slots))
+                self._probe(destage, [*read.addresses], self._go_on)
+                return
+        if len(read.blocks) > 1:
+            # In halves, to leave out only what is rotten or unreadable; one after the other, for it may be everywhere.
             half = len(read.blocks) // 2
             destage.later.append((read.addresses[half:], read.blocks[half:], read.slots[half:]))
             destage.later.append((read.addresses[:half], read.blocks[:half], read.slots[:half]))
-        elif result == -EBADMSG:
-            if not self._index.is_clean(read.blocks[0], read.addresses[0]):
-                destage.rotten.append((read.blocks[0], read.addresses[0]))
-            self.notices.append(("log-corrupt", {"offset": read.blocks[0] * op.BLOCK_BYTES}))
         else:
-            # Not a reason to keep writes waiting: a bad sector stays bad.
-            destage.unreadable = True
-            self._writer.counters["log_failures"] += 1
-            self.notices.append(("log-unreadable", {"operation": "destage", "errno": -result}))
-        if result:
-            destage.span = range(0)  # what the backend had there may have been overwritten in the slots
-            destage.bridged = 0
+            destage.scratch = read.slots[0]
+            self._leave_out(destage, read.blocks[0], read.addresses[0], result)
+        self._go_on(destage)
+
+    def _leave_out(self, destage: LogDestage, block: int, address: int, result: int) -> None:
+        if not self._index.is_clean(block, address):
+            (destage.rotten if result == -EBADMSG else destage.unreadable).append((block, address))
+        if result == -EBADMSG:
+            self.notices.append(("log-corrupt", {"offset": block * op.BLOCK_BYTES}))
+
+    def _probe(self, destage: LogDestage, but: list[int], then: Callable[[LogDestage], None]) -> None:
+        """Find out whether the device reads other places of the log than these."""
+        self._probes += 1
+        but += [*self._unreadable.addresses(), *self._unreadable.elsewhere]
+        addresses = self._index.some_addresses(WITNESSES, self._probes, frozenset(but))
+        # Headers have no checksum in the engine's table and count there as wrong, so they are asked last.
+        headers = [address for address, _ in islice(self._writer.records_made, WITNESSES)]
+        done = partial(self._probed, destage, then)
+        Probe(self._io, self._writer.ring_blocks, addresses, headers, destage.scratch, done)
+
+    def _probed(self, destage: LogDestage, then: Callable[[LogDestage], None], good: list[int], bad: list[int]) -> None:
+        destage.device_reads = self._unreadable.device_reads(good, bad)
+        if not destage.device_reads:
+            for addresses, blocks, _ in destage.later:
+                destage.unreadable += zip(blocks, addresses, strict=True)
+            destage.later = []
+        then(destage)
+
+    def _go_on(self, destage: LogDestage) -> None:
+        """A read has ended: the next one, or the end of them."""
         if destage.later:
             self._read(destage, *destage.later.pop())
-        self._reads[destage.number] -= 1
-        if not self._reads[destage.number]:
-            del self._reads[destage.number]
-            self._release_reading(destage)
-            self._end(destage)
+        elif destage.unreadable and destage.device_reads:
+            self._probe(destage, [address for _, address in destage.unreadable], self._read_all)
+        else:
+            self._read_all(destage)
+
+    def _read_all(self, destage: LogDestage) -> None:
+        """Nothing more is read from the log."""
+        self._release_reading(destage)
+        self._end(destage)
 
     def _end(self, destage: LogDestage) -> None:
         """All sources are there."""

@@ -3,7 +3,8 @@
 Owns the rules by which a record belongs where it is found, and so where the log ends. A record belongs when magic and
 volume, address, seq, epoch, the crc of the header before it and its own crc hold, and the crc of every payload block.
 The payload is read only where it may not have arrived: from the durable address on, and behind the last record that a
-later one says was durable. Damage elsewhere does not end the log; it is found when the block is read.
+later one says was durable. Damage elsewhere does not end the log; it is found when the block is read. What cannot be
+read ends the log only where it is needed: read-ahead does without, and goes on behind it.
 
 It says where the log ends and why, and never decides whether it may end there: that is decision.py. It only reads.
 """
@@ -18,6 +19,7 @@ from typing import Final, NamedTuple, Protocol
 
 from crc32c import crc32c
 
+from vhostcache.errors import CacheUnreadableError
 from vhostcache.log.format import (
     RECORD_MAX_BLOCKS,
     RecordHeader,
@@ -47,7 +49,9 @@ class Disk(Protocol):
 
     @property
     def size_bytes(self) -> int: ...
-    def read(self, offset: int, size: int) -> bytes: ...
+    def read(self, offset: int, size: int) -> bytes:
+        """CacheUnreadableError: a part of it cannot be read."""
+
     def write(self, offset: int, data: bytes) -> None: ...
     def sync(self) -> None: ...
 
@@ -85,6 +89,8 @@ class Walk:
     """Why the next record is none, half a sentence; empty: the walk was told to stop there."""
     records: list[RecordFacts] = field(repr=False)
     """Empty when they were visited."""
+    is_unreadable: bool = False
+    """The next record is none because something of it could not be read."""
 
 
 def walk(
@@ -110,6 +116,7 @@ def walk(
     dirty: tuple[int, int] | None = None
     ahead = 1
     end = ""
+    is_unreadable = False
 
     def accept(header: RecordHeader) -> None:
         nonlocal last, dirty
@@ -126,7 +133,11 @@ def walk(
             progress(after - tail, max(after, durable) - tail)
 
     while address < stop_address:
-        header = reader.header(address, ahead)
+        try:
+            header = reader.header(address, ahead)
+        except CacheUnreadableError as error:
+            end, is_unreadable = error.found, True
+            break
         end = judge.refuses(header, address, seq) if header else "there is no whole record header"
         if header is None or end:
             break
@@ -141,22 +152,25 @@ def walk(
         seq += 1
         ahead = READ_AHEAD_BLOCKS if header.blocks < SMALL_RECORD_BLOCKS else 1
     for header in unsure:
-        fault = _payload_fault(reader, header)
+        try:
+            fault, lacks = _payload_fault(reader, header), False
+        except CacheUnreadableError as error:
+            fault, lacks = error.found, True
         if fault:
-            end, address, seq = fault, header.address, header.seq
+            end, address, seq, is_unreadable = fault, header.address, header.seq, lacks
             break
         accept(header)
     if progress:
         progress(address - tail, address - tail)
     crc, epoch = (last.crc, last.epoch) if last else (0, 0)
-    return Walk(address, seq, crc, epoch, *(dirty or (address, seq)), end, records)
+    return Walk(address, seq, crc, epoch, *(dirty or (address, seq)), end, records, is_unreadable)
 
 
 def look_ahead(disk: Disk, superblock: Superblock, end_address: int, missing_seq: int) -> RecordHeader | None:
     """A record behind the end of the log that says that record `missing_seq` was durable when it was sealed.
 
     Records that were written but not yet durable say nothing of the kind. After power loss they may be there while one
-    before them is not.
+    before them is not. What cannot be read says nothing.
     """
     reader = BlockReader(disk, superblock.ring_blocks)
     magic = record_magic(superblock.uuid)
@@ -165,10 +179,14 @@ def look_ahead(disk: Disk, superblock: Superblock, end_address: int, missing_seq
     address = end_address + 1
     limit = min(last, address + LOOK_AHEAD_BLOCKS)
     while address < limit:
-        if bytes(reader.blocks(address, 1, READ_AHEAD_BLOCKS)[:8]) != magic_bytes:
+        try:
+            if bytes(reader.blocks(address, 1, READ_AHEAD_BLOCKS)[:8]) != magic_bytes:
+                address += 1
+                continue
+            header = reader.header(address, READ_AHEAD_BLOCKS)
+        except CacheUnreadableError:
             address += 1
             continue
-        header = reader.header(address, READ_AHEAD_BLOCKS)
         ours = (
             header is not None
             and header.address == address
@@ -194,20 +212,33 @@ class BlockReader:
         self._first = 0
         self._count = 0
         self._data = memoryview(b"")
+        self._alone_below = 0
+        """Up to there something cannot be read: nothing is read ahead."""
 
     def blocks(self, address: int, count: int, ahead: int = 1) -> memoryview:
-        """`count` blocks, which the ring's end must not split."""
+        """`count` blocks, which the ring's end must not split. CacheUnreadableError: they cannot be read."""
         skip = address - self._first
         if not 0 <= skip <= self._count - count:
             to_end = blocks_to_ring_end(address, self._ring_blocks)
             assert count <= to_end
-            self._count = max(count, min(ahead, to_end))
+            most = max(count, min(ahead, to_end) if address >= self._alone_below else 0)
+            self._data = memoryview(self._read(address, count, most))
+            self._count = len(self._data) // BLOCK_BYTES
             self._first = address
             skip = 0
-            data = self._disk.read(offset_bytes(address, self._ring_blocks), self._count * BLOCK_BYTES)
-            assert len(data) == self._count * BLOCK_BYTES
-            self._data = memoryview(data)
         return self._data[skip * BLOCK_BYTES : (skip + count) * BLOCK_BYTES]
+
+    def _read(self, address: int, count: int, most: int) -> bytes:
+        offset = offset_bytes(address, self._ring_blocks)
+        try:
+            data = self._disk.read(offset, most * BLOCK_BYTES)
+        except CacheUnreadableError:
+            if most == count:
+                raise
+            self._alone_below = address + most
+            data = self._disk.read(offset, count * BLOCK_BYTES)
+        assert len(data) in (count * BLOCK_BYTES, most * BLOCK_BYTES)
+        return data
 
     def header(self, address: int, ahead: int) -> RecordHeader | None:
         """The header at this address, if a whole one is there."""

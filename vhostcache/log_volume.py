@@ -12,25 +12,16 @@ Invariants:
 - a request is never split over two records;
 - what the index names is not reused in the ring while it is being read.
 
-`requests` is the hot path.
+`requests` is the hot path; what it does not answer itself goes to log_changes.py and log_reads.py, which this inherits.
 """
 
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Final
 
 from vhostcache import operations as op
 from vhostcache.eviction import Eviction
-from vhostcache.fill import GONE, NOBODY, Fill, ReadJob
-from vhostcache.guest_requests import (
-    STREAM_REQUEST_SECTORS,
-    DirectRead,
-    GuestRequests,
-    Parked,
-    VolumeSettings,
-)
+from vhostcache.guest_requests import Parked, VolumeSettings
 from vhostcache.log import format as fmt
 from vhostcache.log.checkpoint import Checkpointer
 from vhostcache.log.destage import LogDestager, LogDestageSettings
@@ -38,19 +29,16 @@ from vhostcache.log.index import LogIndex
 from vhostcache.log.losses import Losses
 from vhostcache.log.ordered import OrderedQueue
 from vhostcache.log.pace import Pacer
-from vhostcache.log.read_ring import STORED, ReadRing
+from vhostcache.log.read_ring import ReadRing
 from vhostcache.log.recovery import Recovered
 from vhostcache.log.superblock import WRITE_CACHE_OFF, WRITE_CACHE_ON, WRITE_CACHE_UNKNOWN
 from vhostcache.log.writer import LogWriter
-from vhostcache.map import CLEAN, DIRTY, FREE, ORPHAN, PINNED, WRITING, Map
+from vhostcache.log_changes import LogChanges
+from vhostcache.map import CLEAN, DIRTY, FREE, ORPHAN, Map
 from vhostcache.readcache import HITS_MAX
 
 VOLATILE_BLOCKS: Final = 1024
 """With so much accepted and not durable (4 MiB) a fdatasync is worth its while: its slots can be given up then."""
-LAST_SHARE: Final = 4
-"""What is read in the last quarter of the log is offered to the read cache, for the log will soon be without it."""
-ZERO_SLOT: Final = 1
-"""A slot of zeroes that is never written."""
 CHORES_NS: Final = 500_000
 """While guests keep it busy a volume looks after what they do not wait for at intervals of this."""
 
@@ -84,7 +72,7 @@ class LogVolumeSettings(VolumeSettings):
     record_blocks: int = fmt.RECORD_BLOCKS
 
 
-class LogVolume(GuestRequests):
+class LogVolume(LogChanges):
     """See the module. `recovered` is what recovery has made of the cache file; the engine has its log ready, and the
     crcs of what `eviction`, if there is a read cache, has."""
 
@@ -151,21 +139,14 @@ class LogVolume(GuestRequests):
         self._destager.checkpoint = self._checkpointer.request
         self._pacer = Pacer(ring_blocks)
         self._fills.log_done = self._log_read_done
-        self.read_ring: ReadRing | None = None
         if eviction is not None:
             self.read_ring = ReadRing(eviction, ring_blocks, block_map, self._cache, self._io)
             self._writer.dropped = self.read_ring
             self._fills.filled = self._offer
-        self.log_hits = 0
-        self.read_cache_hits = 0
-        self._favourite = NOBODY
-        """The tag of the request that may read into RAM while slots are scarce, and the slots it keeps."""
-        self._kept: list[int] = []
         self._served = False
         """A guest's requests have been taken, or its flushes answered, since the last tick."""
         self._chores_ns = 0
         """When the chores are due, however busy the guest is."""
-        self._closing = False
         self._ends_cold = False
         self.closed = False
         self._swept = 0
@@ -590,407 +571,6 @@ class LogVolume(GuestRequests):
         if result < 0 and self._favourite == request[1]:
             self._let_go()
         super()._retry_filled(request, result, on_backend)
-
-    # --- changes ---
-
-    def _may_fill(self, request: Parked) -> bool:
-        """Whether a request may read what it needs into RAM. While slots are scarce only one may at a time, and keeps
-        what it has got, so that requests do not evict each other's blocks for ever."""
-        if len(self._map.free) > op.BLOCK_SECTORS:
-            return True
-        if self._favourite == NOBODY:
-            self._favourite = request[1]
-        return self._favourite == request[1]
-
-    def _keep(self, block: int) -> None:
-        slot = self._map.where[block]
-        if self._map.state[slot] == CLEAN:
-            self._map.state[slot] = PINNED
-            self._kept.append(slot)
-
-    def _let_go(self) -> None:
-        """The favourite goes on, or has gone."""
-        self._cache.unpin(self._kept)
-        self._kept = []
-        self._favourite = NOBODY
-
-    def _missing_base(self, request: Parked, blocks: Sequence[int]) -> bool | None:
-        """Blocks of which only a part is changed need their newest content in RAM, or to be zero. None: they have it.
-        Else the request is parked (True) or waits for room (False)."""
-        for block in blocks:
-            if block in self._map.where or self._fills.take_ready(block):
-                if self._favourite == request[1]:
-                    self._keep(block)
-                continue
-            value = self._locate(block)
-            if value & 1:
-                continue
-            fill = self._fills.by_block.get(block)
-            if fill is None:
-                if not self._io.spare() or not self._may_fill(request) or not self._room_for(1):
-                    self._wait(request)
-                    return False
-                fill = self._begin_fill(block, 1, value >> 1)
-            fill.retries.append(request)
-            return True
-        return None
-
-    def _wait(self, request: Parked) -> None:
-        if request[1] == self._favourite:
-            self._room.appendleft(request)
-        else:
-            self._room.append(request)
-        self._writer.commit_soon()
-
-    def _take_slots(self, count: int, kept: Sequence[int]) -> list[int]:
-        """Slots for a change, or none; the blocks `kept` are not evicted for them."""
-        block_map = self._map
-        state = block_map.state
-        pinned = [slot for slot in map(block_map.where.get, kept) if slot is not None and state[slot] == CLEAN]
-        for slot in pinned:
-            state[slot] = PINNED
-        enough = self._room_for(count)
-        for slot in pinned:
-            state[slot] = CLEAN
-            self._cache.admit(slot)
-        return block_map.take(count) if enough else []
-
-    def _write(self, request: Parked) -> bool:
-        """False if the request now waits for room."""
-        _, tag, sector, sectors, _ = request
-        end_sector = sector + sectors
-        first, end = sector >> 3, (end_sector + 7) >> 3
-        partial = []
-        if sector & 7:
-            partial.append(first)
-        if end_sector & 7 and end_sector != self._size_sectors and (end - 1 not in partial):
-            partial.append(end - 1)
-        count = end - first
-        if not self._writer.take_room(count, 0, count):
-            self._wait(request)
-            return False
-        if partial:
-            outcome = self._missing_base(request, partial)
-            if outcome is not None:
-                return outcome
-        slots = self._take_slots(count, partial)
-        if not slots:
-            self._wait(request)
-            return False
-        for block in partial:
-            self._copy_base(block, slots[block - first])
-        if self._favourite == tag:
-            self._let_go()
-        if end_sector & 7 and end - 1 not in partial:
-            self._clear_behind_end(slots[-1])
-        self._place_run(first, slots)
-        one = fmt.extent(0, 1, fmt.DATA)
-        entries = list(chain.from_iterable(zip(range(first | one, end | one), slots, strict=True)))
-        self._operations += (
-            op.IN | tag << 8 | count << 32,
-            (sectors * op.SECTOR_BYTES) << 32,
-            sector % op.BLOCK_SECTORS * op.SECTOR_BYTES,
-        )
-        self._operations += slots
-        self._publish(entries)
-        self._acknowledge(tag)
-        return True
-
-    def _copy_base(self, block: int, slot: int) -> None:
-        """What the block has now, before a part of it is changed."""
-        old = self._map.where.get(block)
-        if old is None:
-            assert self._index.lookup(block) & 1
-            self._io.zero_slot(slot, 0, op.BLOCK_BYTES)
-        else:
-            self._io.copy_slot(old, slot)
-
-    def _place(self, block: int, slot: int) -> None:
-        """New content in a slot just taken, in the open record."""
-        record = self._writer.open
-        assert record is not None
-        self._replace(block)
-        block_map = self._map
-        block_map.where[block] = slot
-        block_map.block_of[slot] = block
-        block_map.state[slot] = DIRTY
-        record.slots[block] = slot
-
-    def _place_run(self, first: int, slots: list[int]) -> None:
-        """The same for neighbours, many at a time where RAM has nothing of them."""
-        block_map, record = self._map, self._writer.open
-        where, blocks = block_map.where, range(first, first + len(slots))
-        assert record is not None
-        start = slots[0]
-        if (
-            self._fills.by_block
-            or slots != list(range(start, start + len(slots)))
-            or not where.keys().isdisjoint(blocks)
-        ):
-            for block, slot in zip(blocks, slots, strict=True):
-                self._place(block, slot)
-            return
-        where.update(zip(blocks, slots, strict=True))
-        record.slots.update(zip(blocks, slots, strict=True))
-        block_map.block_of[start : start + len(slots)] = array("Q", blocks)
-        block_map.state[start : start + len(slots)] = bytes((DIRTY,)) * len(slots)
-
-    def _replace(self, block: int) -> None:
-        """What RAM has of the block is old."""
-        block_map = self._map
-        old = block_map.where.pop(block, None)
-        if old is None:
-            if self._fills.by_block:
-                self._fills.poison(block)
-        elif block_map.state[old] in (DIRTY, CLEAN):
-            self._cache.hits[old] = 0
-            block_map.release(old)
-        else:
-            assert block_map.state[old] in (WRITING, PINNED)
-            block_map.state[old] = ORPHAN
-
-    def _publish(self, entries: list[int]) -> None:
-        writer = self._writer
-        assert writer.open is not None
-        writer.published += len(entries) // 2
-        self._io.publish(writer.open.seq, entries)
-
-    def _zero(self, request: Parked) -> bool:
-        """Discard or write zeroes, parts of blocks too; False if the request now waits for room."""
-        what, tag, sector, sectors, _ = request
-        end_sector = sector + sectors
-        first, end = (sector + 7) >> 3, end_sector >> 3
-        if end_sector == self._size_sectors:
-            end = (end_sector + 7) >> 3
-        parts: list[tuple[int, int, int]] = []
-        """Block, first sector in it, sectors."""
-        if sector & 7:
-            parts.append((sector >> 3, sector & 7, min(sectors, -sector % 8)))
-        if end_sector > end << 3 and end_sector >> 3 >= first:
-            parts.append((end_sector >> 3, 0, end_sector & 7))
-        changed = [part[0] for part in parts]
-        writer = self._writer
-        record = writer.open
-        kind = fmt.ZERO if what & op.REQUEST_KIND_MASK == op.REQUEST_ZERO else fmt.DISCARD
-        other = fmt.ZERO + fmt.DISCARD - kind
-        if (
-            first < end
-            and record is not None
-            and (
-                # The extent has its header's address, which is older than that of any payload in the record ...
-                any(first <= block < end for block in record.slots)
-                # ... and says of which kind it is.
-                or any(word >> 60 == other for word in record.zeroes)
-            )
-        ):
-            writer.seal()
-        if not writer.take_room(len(parts), 1, len(parts) + 1):
-            self._wait(request)
-            return False
-        if changed:
-            outcome = self._missing_base(request, changed)
-            if outcome is not None:
-                return outcome
-        slots = self._take_slots(len(parts), changed) if parts else []
-        if parts and not slots:
-            self._wait(request)
-            return False
-        if self._favourite == tag:
-            self._let_go()
-        entries: list[int] = []
-        if first < end:
-            entries += (self._zero_run(first, end, kind), 0)
-        for (block, at, count), slot in zip(parts, slots, strict=True):
-            self._copy_base(block, slot)
-            self._io.zero_slot(slot, at * op.SECTOR_BYTES, count * op.SECTOR_BYTES)
-            self._place(block, slot)
-            entries += (block | 1 << 40, slot)
-        self._publish(entries)
-        self._acknowledge(tag)
-        return True
-
-    def _zero_run(self, first: int, end: int, kind: int) -> int:
-        """Whole blocks, in the open record. Returns the extent."""
-        record = self._writer.open
-        assert record is not None
-        where = self._map.where
-        if len(where) < end - first:
-            cached = [block for block in where if first <= block < end]
-        else:
-            cached = [block for block in range(first, end) if block in where]
-        for block in cached:
-            self._replace(block)
-        self._fills.poison_range(first, end)
-        self._index.zero(first, end, record.address, kind == fmt.ZERO)
-        word = fmt.extent(first, end - first, kind)
-        record.zeroes.append(word)
-        return word
-
-    # --- reads ---
-
-    def _locate(self, block: int) -> int:
-        """Where the newest content is that RAM does not have, as LogIndex.lookup says it, or in the read cache."""
-        value = self._index.lookup(block)
-        return value if value or self.read_ring is None else self.read_ring.value(block)
-
-    def _offset(self, address: int) -> int:
-        """Where in the cache file."""
-        if address >= STORED:
-            assert self.read_ring is not None
-            return self.read_ring.offset(address)
-        return fmt.offset_bytes(address, self._writer.ring_blocks)
-
-    def _log_read_begins(self, address: int, count: int) -> None:
-        if address >= STORED:
-            assert self.read_ring is not None
-            self.read_ring.read_begins(address, count)
-            return
-        reading = self._writer.reading
-        reading[address] = reading.get(address, 0) + 1
-
-    def _log_read_done(self, address: int, first: int, count: int, result: int) -> int:
-        """Returns what the readers are to be told."""
-        if address >= STORED:
-            assert self.read_ring is not None
-            self.read_ring.read_done(address, first, count, result)
-            return GONE if result < 0 else 0
-        reading = self._writer.reading
-        reading[address] -= 1
-        if not reading[address]:
-            del reading[address]
-        return result
-
-    def _offer(self, fill: Fill) -> None:
-        """A fill has brought blocks that the read cache may want: from the backend, or from the part of the log that is
-        the next to go."""
-        assert self.read_ring is not None
-        writer = self._writer
-        old = writer.head - writer.ring_blocks + writer.ring_blocks // LAST_SHARE
-        if fill.address < old and not self._closing:
-            self.read_ring.offer(fill.first, fill.slots)
-
-    def _begin_fill(self, first: int, count: int, address: int) -> Fill:
-        """Blocks from the log (0: from the backend) to slots, for which there is room."""
-        slots = self._map.take(count)
-        if not address:
-            return self._fills.begin(first, slots)
-        self._log_read_begins(address, count)
-        return self._fills.begin_log(first, slots, address, self._offset(address))
-
-    def _read(self, tag: int, sector: int, sectors: int, deadline_ns: int) -> None:
-        """Each run of blocks from where it is: RAM, a fill in flight, the log, or the backend."""
-        first, end = sector >> 3, (sector + sectors + 7) >> 3
-        if self._io.spare() < end - first:
-            self._parked.append((op.REQUEST_READ, tag, sector, sectors, deadline_ns))
-            return
-        ragged = bool((sector | sectors) & 7)
-        if ragged and not self._room_for(2):
-            # The log is read in whole blocks, which have to go somewhere.
-            self._parked.append((op.REQUEST_READ, tag, sector, sectors, deadline_ns))
-            self._writer.commit_soon()
-            return
-        stream = sectors >= STREAM_REQUEST_SECTORS and self._is_stream(sector, sectors)
-        bypass = stream or (sectors >= self._direct_sectors and self.read_ring is None)
-        where, by_block, lookup = self._map.where, self._fills.by_block, self._locate
-        job = self._new_job(tag, sector, sectors, deadline_ns)
-        block = first
-        while block < end:
-            start = block
-            fill = by_block.get(block)
-            if fill is not None:
-                while block < end and by_block.get(block) is fill:
-                    block += 1
-                self._join(job, fill, sector, sectors, start, block)
-                self.misses += block - start
-                continue
-            if block in where:
-                while block < end and block in where:
-                    block += 1
-                self._copy_out(tag, sector, sectors, start, block)
-                self.hits += block - start
-                continue
-            value = lookup(block)
-            block = self._run_end(start, end, value)
-            if ragged and value and not value & 1 and block - start > 1:
-                # The blocks at the ends alone.
-                block = start + 1 if start == first else min(block, max(start + 1, end - 1))
-            if value & 1:
-                payload, size, skip = self._part_bytes(sector, sectors, start, block)
-                self._operations += (op.OUT | tag << 8 | (block - start) << 32, payload | size << 32, skip)
-                self._operations += [ZERO_SLOT] * (block - start)
-                self.hits += block - start
-                continue
-            if value >= STORED << 1:
-                self.read_cache_hits += block - start
-            elif value:
-                self.log_hits += block - start
-            else:
-                self.misses += block - start
-            if bypass and not value and start == first and block == end and not self._timeout_ns:
-                self._alone[tag] = sector << 16 | sectors
-                self._io.read_request(tag, sector * op.SECTOR_BYTES, sectors * op.SECTOR_BYTES)
-                return
-            self._fetch(job, sector, sectors, start, block, value >> 1, bypass)
-        if job.parts == 0:
-            self._complete(tag, op.STATUS_OK)
-        else:
-            self._limit(job)
-
-    def _run_end(self, start: int, end: int, value: int) -> int:
-        """How far blocks are where `start` is: all zero, in a row in the log, or on the backend."""
-        where, by_block, lookup = self._map.where, self._fills.by_block, self._locate
-        ring_blocks = self._writer.ring_blocks
-        block = start + 1
-        while block < end and block not in where and block not in by_block:
-            other = lookup(block)
-            if value & 1 or not value:
-                if other & 1 != value & 1 or (not value and other):
-                    break
-            elif other != value + 2 * (block - start) or (other >> 1) % ring_blocks == 0:
-                break
-            block += 1
-        return block
-
-    def _is_absent(self, block: int) -> bool:
-        return super()._is_absent(block) and not self._locate(block)
-
-    def _fetch(self, job: ReadJob, sector: int, sectors: int, first: int, end: int, address: int, bypass: bool) -> None:
-        """A run of blocks that only the log (0: the backend) has: through slots, so that they stay, or, if RAM has no
-        room or nothing to gain, directly."""
-        payload, size, skip = self._part_bytes(sector, sectors, first, end)
-        whole = size == (end - first) * op.BLOCK_BYTES
-        last = (sector + sectors + 7) >> 3
-        wanted = end - first + (1 if (sector | sectors) & 7 and end < last else 0)  # leaves one for a ragged end
-        if not address and (self._timeout_ns or not bypass):  # what is read into guest memory cannot be abandoned
-            fill_first, fill_end = (first, end) if bypass else self._fill_range(first, end)
-            more = fill_end - fill_first - (end - first)
-            if more and not self._room_for(wanted + more):
-                fill_first, fill_end, more = first, end, 0
-            if more or self._room_for(wanted):
-                fill = self._begin_fill(fill_first, fill_end - fill_first, 0)
-                self._join(job, fill, sector, sectors, first, end)
-                return
-        elif address and not (bypass and whole) and self._room_for(wanted):
-            self._join(job, self._begin_fill(first, end - first, address), sector, sectors, first, end)
-            return
-        assert whole or not address
-        read = DirectRead(self, job)
-        job.parts += 1
-        job.direct += 1
-        self._direct[read] = None
-        if address:
-            self._log_read_begins(address, end - first)
-            read.address, read.first, read.count = address, first, end - first
-            offset = self._offset(address)
-            self._io.log_read_direct(self._io.begin(read), job.tag, payload, offset, size)
-        else:
-            self._io.read_direct(self._io.begin(read), job.tag, payload, first * op.BLOCK_BYTES + skip, size)
-
-    def direct_done(self, read: DirectRead, result: int) -> None:
-        """See GuestRequests."""
-        if read.address:
-            result = self._log_read_done(read.address, read.first, read.count, result)
-        super().direct_done(read, result)
 
 
 def _paced_blocks(request: Parked) -> int:

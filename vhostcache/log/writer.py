@@ -72,7 +72,7 @@ class Record:
         self.zeroes: list[int] = []
         """Extent words of zeroes, discards and padding."""
         self.since_ns = 0
-        """When the first request came into it."""
+        """When the first request came into it; 0: none has, as far as `schedule` has seen."""
         self.blocks: list[int] = []
         """When sealed: its blocks in ascending order, and their slots."""
         self.payload: list[int] = []
@@ -90,6 +90,11 @@ class Record:
     def end(self) -> int:
         """The log address behind it."""
         return self.address + self.header_blocks + len(self.payload)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing has come into it."""
+        return not (self.slots or self.zeroes)
 
     def io_done(self, result: int) -> None:
         self._writer.record_written(self, result)
@@ -227,7 +232,7 @@ class LogWriter:
         if record is not None:
             if record.limit > self.record_blocks:
                 # Made for one large request, for which a single extent will do: its header has no room for more.
-                fits = not (record.slots or record.zeroes) and self.record_blocks < blocks <= record.limit
+                fits = record.is_empty and self.record_blocks < blocks <= record.limit
             else:
                 fits = len(record.slots) + blocks <= record.limit and len(record.zeroes) + zeroes <= ZEROES_MAX
             if fits:
@@ -266,7 +271,7 @@ class LogWriter:
     def accepted_seq(self) -> int:
         """The last record that anything accepted is in."""
         record = self.open
-        return self.next_seq if record and (record.slots or record.zeroes) else self.next_seq - 1
+        return self.next_seq if record and not record.is_empty else self.next_seq - 1
 
     def commit_soon(self) -> None:
         """Slots or entries are wanted that only a commit gives back."""
@@ -327,7 +332,7 @@ class LogWriter:
     def seal(self) -> None:
         """Give the open record to the engine, if there is anything in it."""
         record = self.open
-        if record is None or not (record.slots or record.zeroes):
+        if record is None or record.is_empty:
             return
         self.open = None
         blocks = record.blocks = sorted(record.slots)
@@ -401,7 +406,7 @@ class LogWriter:
     @property
     def settled(self) -> bool:
         """Everything accepted is durable."""
-        return not (self._records or self._flush or (self.open and (self.open.slots or self.open.zeroes)))
+        return not (self._records or self._flush or (self.open and not self.open.is_empty))
 
     @property
     def volatile_blocks(self) -> int:
@@ -412,7 +417,7 @@ class LogWriter:
         if self._records:
             return self._records[0].since_ns or self.now_ns
         record = self.open
-        return record.since_ns if record and (record.slots or record.zeroes) else op.NEVER
+        return record.since_ns or op.NEVER if record else op.NEVER
 
     def schedule(self, now_ns: int) -> int:
         """Once a turn: start what is to be started. Returns the time at which to look again, in ns."""
@@ -425,8 +430,8 @@ class LogWriter:
             if not self.blocked:
                 deadline_ns = now_ns  # for those who waited for that
         record = self.open
-        if record is not None and not record.since_ns and (record.slots or record.zeroes):
-            record.since_ns = now_ns
+        if record is not None and not record.since_ns and not record.is_empty:
+            record.since_ns = now_ns or 1
         if not self._committing and not self._next_tags:
             since_ns = self._volatile_since_ns()
             if since_ns < op.NEVER:
@@ -448,7 +453,7 @@ class LogWriter:
 
     def _begin_commit(self) -> None:
         record = self.open
-        if record is not None and (record.slots or record.zeroes) and self.synced_seq == self.next_seq - 1:
+        if record is not None and not record.is_empty and self.synced_seq == self.next_seq - 1:
             # Nothing else is volatile: the engine writes it and goes on to the fdatasync without asking.
             record.durable = True
             self.counters["log_durable_writes"] += 1

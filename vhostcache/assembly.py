@@ -170,8 +170,9 @@ class CacheClaim:
                 self._tell("warning", warning.event, warning.fields)
         try:
             if self.file is None or self.file.is_blank:
+                judgement = identity.with_new_cache(image, self.path)
                 self._new_size_bytes()
-                return identity.with_new_cache(image, self.path)
+                return judgement
             found = self._superblock()
             if found is None:
                 if not self._looks_like_a_cache():

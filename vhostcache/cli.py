@@ -76,8 +76,9 @@ class _Commands(click.Group):
 def cli() -> None:
     """A write-back cache daemon for the disks of QEMU guests.
 
-    It serves virtio-blk disks over vhost-user, keeps the guest's writes in RAM, and turns many small requests into few
-    large ones to the image behind. A guest's flush is answered when everything before it is in the image.
+    It serves virtio-blk disks over vhost-user, and turns a guest's many small writes into few large ones to the image
+    behind. With a cache file on local storage a guest's flush is answered when everything before it is in its log,
+    without one when it is in the image.
 
     \b
       vhostcache create disk.img --size 4GiB

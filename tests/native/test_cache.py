@@ -446,6 +446,12 @@ def test_a_dirty_image_without_its_cache_is_refused(disk: CachedDisk, state: Any
 def test_a_cache_file_that_is_gone_is_refused_until_its_data_is_given_up(disk: CachedDisk, state: Any) -> None:
     state(disk)
     disk.cache.unlink()
+    at = disk.daemon.arguments.index("--cache-size")
+    size = disk.daemon.arguments[at : at + 2]
+    # Who has left out the size is not told to make a new one.
+    del disk.daemon.arguments[at : at + 2]
+    assert "--discard-dirty-data" in disk.refused()
+    disk.use(*size)
     line = disk.refused()
     assert "does not exist, or is empty" in line
     assert "--discard-dirty-data" in line

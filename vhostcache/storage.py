@@ -91,10 +91,15 @@ class VolumeStorage:
 
     def close(self) -> None:
         self._engine.hold_volume(self._index, True)
-        self._ending.close_log(self._index, cold=True)
+        self._served.backend.retire()
+        self._volumes.rare = True  # it may want to be looked at
 
     def closed(self) -> bool:
-        volume = self._served.volume
+        served, volume = self._served, self._served.volume
+        if not served.backend.is_retired:
+            return False
+        if not served.closing:
+            self._ending.close_log(self._index, cold=True)
         return volume.idle and (not isinstance(volume, LogVolume) or volume.closed)
 
     def stopped(self) -> None:

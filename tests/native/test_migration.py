@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -621,3 +622,43 @@ def test_other_disks_go_on_while_an_image_is_being_opened(tmp_path: Path) -> Non
                 assert guest.finish(read).status == OK
         finally:
             daemon.reap()
+
+
+SLOW_TO_END = """#!/bin/bash
+trap 'while [ ! -e go ]; do sleep 0.02; done; kill $child; wait $child; exit' TERM
+qemu-storage-daemon "$@" &
+child=$!
+wait
+"""
+
+
+def test_other_disks_go_on_while_an_image_is_being_closed(
+    qemu_disk: Callable[[str], dict[str, object]], tmp_path: Path
+) -> None:
+    (tmp_path / "other.img").write_bytes(noise(MIB, "other"))
+    slow = tmp_path / "slow"
+    slow.write_text(SLOW_TO_END)
+    slow.chmod(0o755)
+    volumes = [
+        {"name": "a", "socket": "a.sock", "backend": {**qemu_disk("qcow2"), "binary": str(slow)}},
+        {"name": "other", "socket": "other.sock", "backend": {"path": "other.img"}},
+    ]
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({"volumes": [{**v, "ram": "32MiB"} for v in volumes]}))
+    daemon = NativeDaemon.serve(tmp_path / "both.yaml")
+    try:
+        daemon.start()
+        with at(tmp_path, "a") as source, Frontend(tmp_path / "other.sock") as other:
+            fill(source, "a")
+            source.begin()
+            stopping = threading.Thread(target=stop, args=(source,))
+            stopping.start()
+            daemon.wait_for("handing-over")
+            for number in range(20):
+                assert other.read(number * PAGE, PAGE) == noise(MIB, "other")[number * PAGE :][:PAGE]
+            assert not daemon.events("handed-over")
+            (tmp_path / "go").touch()
+            stopping.join()
+            daemon.wait_for("handed-over")
+    finally:
+        (tmp_path / "go").touch()
+        daemon.reap()

@@ -5,6 +5,7 @@ import errno
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -338,6 +339,25 @@ def test_once_settled_the_process_has_gone_in_good_order_and_nobody_is_alarmed(
     run("qemu-io", "-f", "qcow2", "-c", "read -P 7 1M 64k", image)  # its locks are free
     assert backend.happened(LOST, "the server has gone", 0) is None
     assert backend.look(0) == []
+
+
+def test_a_process_that_is_retired_ends_while_nobody_waits_and_has_closed_the_image(
+    qsd: Callable[..., QsdBackend], image: Path
+) -> None:
+    opener = Opener()
+    backend = qsd(opener)
+    write(opener)
+    backend.retire()
+    deadline_s = time.monotonic() + 60
+    while not backend.is_retired:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+        assert backend.look(time.monotonic_ns()) == []
+    assert backend.wake_at_ns > 1 << 61
+    run("qemu-io", "-f", "qcow2", "-c", "read -P 7 1M 64k", image)
+    left = backend.settle()
+    backend.close()
+    assert qsd(Opener()).stamp() == left
 
 
 def test_what_another_has_open_can_be_looked_at_and_not_be_opened(qsd: Callable[..., QsdBackend]) -> None:

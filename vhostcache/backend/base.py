@@ -145,6 +145,15 @@ class Backend(ABC):
     def stamp(self) -> Stamp:
         """As it is now."""
 
+    def retire(self) -> None:  # noqa: B027 - most have nothing that takes long
+        """Nobody reads or writes it any more, and what has been written is flushed: begin what takes long of `settle`
+        and `close`. Never waits."""
+
+    @property
+    def is_retired(self) -> bool:
+        """Whether that has ended."""
+        return True
+
     @abstractmethod
     def settle(self) -> Stamp:
         """The same, durable itself: nobody writes now, and what has been written is flushed. May wait."""

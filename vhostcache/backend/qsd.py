@@ -190,6 +190,14 @@ class QsdBackend(Backend):
         before_ns, after_ns = self._opening_ns
         return Stamp(identity_bytes(self._config.canonical.encode()), before_ns if now_ns == after_ns else now_ns)
 
+    def retire(self) -> None:
+        if self._server is not None:
+            self._server.begin_to_stop(time.monotonic_ns(), SETTLE_S)
+
+    @property
+    def is_retired(self) -> bool:
+        return self._server is None or not self._server.is_alive
+
     def settle(self) -> Stamp:
         """Ends the process: what closing the image writes belongs to how it is left."""
         if self._server is not None:

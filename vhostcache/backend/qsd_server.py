@@ -93,6 +93,7 @@ class QsdServer:
         self._delay_ns = _FIRST_DELAY_NS
         self._started_ns = 0
         self._stopping = False
+        self._kill_at_ns = NEVER
         self._answers: queue.SimpleQueue[dict[str, Any] | None] | None = None  # to whoever resizes
         self.node: Node | None = None
         self.ready = False
@@ -289,6 +290,7 @@ class QsdServer:
         """Something may be readable, or `wake_at_ns` has come. What has happened, for the log. Never waits."""
         notices = [Notice("qsd-message", {"message": line}) for line in self._hear()]
         if self._stopping:
+            self._go_on_stopping(now_ns)
             return notices
         if self._qmp is not None:
             was_ready = self.ready
@@ -454,6 +456,32 @@ class QsdServer:
         return lines
 
     # The end.
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a process, or one to be reaped."""
+        return self._process is not None
+
+    def begin_to_stop(self, now_ns: int, time_limit_s: float) -> None:
+        """As `stop`, without waiting: `look` does the rest."""
+        self._stopping = True
+        if self._process is not None:
+            self._process.terminate()
+            self._kill_at_ns = now_ns + int(time_limit_s * 1e9)
+            self.wake_at_ns = now_ns + _REAP_NS
+
+    def _go_on_stopping(self, now_ns: int) -> None:
+        if self._qmp is not None and self._read_qmp():  # it would be readable all the time
+            self._qmp.close()
+            self._qmp = None
+        if self._process is not None and self._process.poll() is None:
+            if now_ns >= self._kill_at_ns:
+                self._process.kill()
+            self.wake_at_ns = now_ns + _REAP_NS
+            return
+        self.wake_at_ns = NEVER
+        if self._process is not None:
+            self._end()
 
     def stop(self, time_limit_s: float = STOP_S) -> bool:
         """End it in good order; all it had is written, and the image is let go. False: it had to be killed. Waits."""

@@ -17,6 +17,7 @@ from vhostcache.cli_words import count, duration, share, size
 if TYPE_CHECKING:
     from rich.console import Console
 
+_BAD: Final = ("failed", "waiting")  # `away` is as usual for a disk that has left, or is expected
 _WIDTH: Final = 200  # where no terminal says how wide a line is: one line a volume
 _WORDS: Final = ("volume", "state", "guest", "mode", "backend")
 _FIGURES: Final = ("size", "dirty", "ram", "dirty log", "read cache", "its hits", "all hits", "flushes")
@@ -75,7 +76,7 @@ def print_status(console: Console, answer: dict[str, Any]) -> None:
         state, backend = _state(volume), _backend(volume)
         table.add_row(
             Text(volume["name"]),
-            Text(state, style="" if state == "serving" else "bold red"),
+            Text(state, style="bold red" if state in _BAD else ""),
             "connected" if volume["connected"] else "absent",
             Text(_mode(volume)),
             Text(backend, style="bold red" if _is_lost(volume) else ""),

@@ -269,7 +269,8 @@ class LogVolume(LogChanges):
                 self._execute(request)
         pacer = self._pacer
         if pacer.active or now_ns >= pacer.look_ns:
-            pacer.update(writer.head, self._index.clean_below(writer.durable_address), now_ns)
+            clean = self._index.clean_below(writer.durable_address)
+            pacer.update(writer.head, clean, self._destager.blocks_turned, now_ns)
         if self._room:
             self._admit_waiting()
             deadline_ns = min(deadline_ns, pacer.deadline_ns())

@@ -403,7 +403,7 @@ def test_a_device_that_answers_nothing_takes_no_more_groups_than_there_are() -> 
 def test_a_write_that_waits_for_room_does_not_use_up_the_pace_again_and_again() -> None:
     bench = Bench()
     pacer = bench.volume._pacer
-    pacer.update(8000, 0, 1)
+    pacer.update(8000, 0, 0, 1)
     assert pacer.active
     bench.volume._writer.blocked = True
     before = pacer._credit

@@ -35,6 +35,8 @@ from vhostcache.readcache import ReadCache
 RETRY_FIRST_NS: Final = 100_000_000
 FLUSH: Final = -1
 """In place of an object: the backend flush."""
+RAMP_FLUSHES: Final = 4
+"""So many times as many backend flushes while writes are slowed down."""
 AGED_OBJECTS_MAX: Final = 2
 """Objects in flight only because they are old: nobody waits for them, and the guest may be busy."""
 WRITING_NS: Final = 1_000_000_000
@@ -174,6 +176,8 @@ class LogDestager:
         self.now_ns = 0
         self._in_turn = False
         """`now_ns` is the time; if not, it is that of an earlier turn."""
+        self.blocks_turned = 0
+        """Log blocks that destaging has done with, each object's share of what was in use."""
         self.counters = {
             "destages": 0,
             "blocks_destaged": 0,
@@ -423,14 +427,13 @@ class LogDestager:
     def _flush_is_due(self) -> bool:
         if self.ordered is not None:
             return not self.in_flight and (self.stopped or not self.ordered.pending)
-        if (
-            self._writer.space_wanted
-            or self.draining
-            or self.stopped
-            or len(self._written) >= self.settings.flush_objects
-        ):
+        if self._writer.space_wanted or self.draining or self.stopped or not self.in_flight:
             return True
-        return not self.in_flight
+        # On the ramp, writes are let in as the log becomes clean: little by little, not in bursts.
+        ramp = self._used > self._writer.ring_blocks * RAMP_BEGIN
+        return len(self._written) >= (
+            self.settings.flush_objects // RAMP_FLUSHES if ramp else self.settings.flush_objects
+        )
 
     # --- one destage ---
 
@@ -590,6 +593,7 @@ class LogDestager:
 
     def _finish(self, destages: list[LogDestage]) -> None:
         waiting = []
+        share = self._used // max(1, len(self._index.dirty) + len(destages))
         for destage in destages:
             if destage.unreadable and not destage.again:
                 self._judge(destage)
@@ -605,6 +609,7 @@ class LogDestager:
             else:
                 self._held.pop(destage.number, None)
                 self._unreadable.forget(destage.number)
+                self.blocks_turned += share
                 if self.ordered is None:
                     self._index.destaged(destage.number, destage.address)
         self._flushed = waiting

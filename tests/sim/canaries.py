@@ -57,6 +57,9 @@ for _name in (
 ):
     SIZES[_name] = {"bad_sectors": 0.1, "steps": 200, "destage": True, "flips": 0.0, "cache_faults": 0.0}
 SIZES["what-has-been-read-is-overwritten-by-a-probe"] |= {
+    "bad_sectors": 0.4,
+    "depth": 12,
+    "burst": 4,
     "object_blocks": 8,
     "slots": 31,
     "blocks": 48,

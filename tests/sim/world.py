@@ -49,7 +49,7 @@ CHANGES: Final = (op.REQUEST_DISCARD, op.REQUEST_ZERO, op.REQUEST_ZERO_UNMAP)
 
 PATIENCE_NS: Final = (ATTEMPTS - 1) * RETRY_NS
 """A block that cannot be read is not to be given up before."""
-SECTORS_MOST: Final = 3
+SECTORS_MOST: Final = 2
 """Bad ones and losses at a time: the smallest rings keep room for two records that say so."""
 
 STATES: Final = (

@@ -24,7 +24,7 @@ from vhostcache.eviction import Eviction
 from vhostcache.guest_requests import Parked, VolumeSettings
 from vhostcache.log import format as fmt
 from vhostcache.log.checkpoint import Checkpointer
-from vhostcache.log.destage import LogDestager, LogDestageSettings
+from vhostcache.log.destage import TURN_BLOCKS, LogDestager, LogDestageSettings
 from vhostcache.log.index import LogIndex
 from vhostcache.log.losses import Losses
 from vhostcache.log.ordered import OrderedQueue
@@ -70,6 +70,8 @@ class LogVolumeSettings(VolumeSettings):
     """Of the backend: what it prefers (nobody knows: an object) is better written as a whole, and once (clusters that
     are compressed)."""
     record_blocks: int = fmt.RECORD_BLOCKS
+    turn_blocks: int = TURN_BLOCKS
+    """See destage.py."""
 
 
 class LogVolume(LogChanges):
@@ -128,6 +130,7 @@ class LogVolume(LogChanges):
                 max_blocks=settings.max_bytes // op.BLOCK_BYTES,
                 preferred_blocks=settings.preferred_bytes // op.BLOCK_BYTES,
                 whole_objects=settings.wants_whole_objects,
+                turn_blocks=settings.turn_blocks,
             ),
             settings.size_bytes,
             self.notices,
@@ -147,6 +150,8 @@ class LogVolume(LogChanges):
         """A guest's requests have been taken, or its flushes answered, since the last tick."""
         self._chores_ns = 0
         """When the chores are due, however busy the guest is."""
+        self._latest_ns = op.NEVER
+        """When they are due, however many commits begin."""
         self._ends_cold = False
         self.closed = False
         self._swept = 0
@@ -285,10 +290,11 @@ class LogVolume(LogChanges):
             self._complete_flushes()
             self._served = True
             deadline_ns = min(deadline_ns, writer.schedule(now_ns))
-        if writer.began:
-            # While the device is at it there is time.
+        if writer.began and now_ns < self._latest_ns:
+            # While the device is at it there is time, unless it has ended again before the next turn, again and again.
             writer.began = False
             deadline_ns = self._chores_ns = now_ns
+            self._latest_ns = min(self._latest_ns, now_ns + CHORES_NS)
         elif self._served and now_ns < self._chores_ns and not self._is_pressed():
             deadline_ns = min(deadline_ns, self._chores_ns)
         else:
@@ -325,6 +331,8 @@ class LogVolume(LogChanges):
             self._complete_flushes()
             deadline_ns = min(deadline_ns, writer.schedule(now_ns))
         writer.began = False
+        # Records are not made faster than they enter the index.
+        self._latest_ns = now_ns if writer.durable_seq < writer.synced_seq else op.NEVER
         self._chores_ns = min(deadline_ns, now_ns + CHORES_NS)
         return deadline_ns
 

@@ -44,9 +44,14 @@ _BEGIN_IO = (op.READ, op.WRITE, op.FLUSH, op.ZERO, op.LOG_READ, op.LOG_WRITE, op
 class Bench:
     """A volume and what it has asked the engine to do: no data, only the order of things. I/O ends when told."""
 
-    def __init__(self, slots: int = 4096, ring_blocks: int = 8192, groups: int = op.GROUPS, **settings: Any) -> None:
+    def __init__(
+        self, slots: int = 4096, ring_blocks: int = 8192, groups: int = op.GROUPS, head: int = 0, **settings: Any
+    ) -> None:
         recovered = recover(new_cache(ring_blocks), None, BOOT, IMAGE, tier_uuid=TIER)
         block = dataclasses.replace(recovered.superblock, write_cache=WRITE_CACHE_ON)
+        if head:
+            block = dataclasses.replace(block, tail_address=head, clean_address=head, durable_address=head)
+            recovered = dataclasses.replace(recovered, head_address=head)
         recovered = dataclasses.replace(recovered, superblock=block)
         self.operations: list[int] = []
         chosen = {
@@ -302,6 +307,50 @@ def test_what_the_last_durable_records_give_back_is_offered_at_once() -> None:
     assert bench.deadline_ns <= bench.now_ns  # whoever waits for slots, entries or durable records has not seen it
 
 
+def test_a_record_behind_padding_enters_the_index_at_once_too() -> None:
+    bench = Bench(head=8192 - 4)  # the first record of this process needs padding before it
+    bench.write(1)
+    bench.ask(op.REQUEST_FLUSH)
+    bench.end(op.LOG_WRITE)
+    bench.end(op.LOG_WRITE)
+    bench.end(op.LOG_FLUSH)
+    for _ in range(4):
+        assert bench.deadline_ns <= bench.now_ns + CHORES_NS
+        bench.now_ns = max(bench.now_ns, bench.deadline_ns)
+        bench.turn()
+        if not bench.volume._writer._records:
+            return
+    pytest.fail("it is durable, and not in the index")
+
+
+def test_commits_that_follow_one_another_do_not_keep_the_index_waiting() -> None:
+    bench = Bench()
+    bench.write(0)
+    bench.ask(op.REQUEST_FLUSH)
+    for block in range(1, 50):  # in each turn one has ended, and the next one begins
+        (_, group), bench.io = bench.io[0], bench.io[1:]
+        bench.now_ns += CHORES_NS // 5
+        bench.volume.io_done(group, 0)
+        kinds, tags = [op.REQUEST_WRITE, op.REQUEST_FLUSH], [1000 + 2 * block, 1001 + 2 * block]
+        bench.volume.requests(kinds, tags, [8 * block, 0], [8, 0], bench.now_ns)
+        bench.turn()
+        assert len(bench.volume._writer._records) <= 10
+
+
+def test_what_waits_for_the_index_is_not_committed_again() -> None:
+    bench = Bench(slots=4096, record_blocks=16, sync_interval_ns=SECOND)
+    for block in range(16 * 7):
+        bench.write(block)
+    bench.now_ns += SECOND
+    bench.turn()
+    while bench.io:
+        bench.end(bench.io[0][0])
+    assert len(bench.volume._writer._records) > 2
+    bench.write(1000)
+    assert not bench.io  # it is younger than that
+    assert bench.volume._writer._records
+
+
 @pytest.mark.parametrize("failing", [op.LOG_FLUSH, op.LOG_WRITE])
 def test_a_superblock_that_was_written_before_a_sync_failed_is_written_again(failing: int) -> None:
     bench = Bench()
@@ -331,6 +380,24 @@ def test_a_superblock_that_was_written_before_a_sync_failed_is_written_again(fai
     assert bench.superblocks == [A_OFFSET_BYTES, B_OFFSET_BYTES]
     checkpointer = bench.volume._checkpointer
     assert checkpointer.superblock.write_cache == WRITE_CACHE_OFF
+
+
+def test_a_superblock_whose_end_is_told_together_with_a_failed_sync_is_written_again() -> None:
+    bench = Bench()
+    bench.volume.set_write_cache(False)  # a checkpoint
+    bench.turn()
+    bench.write(1)  # durable by itself
+    groups = dict(bench.io)
+    assert groups.keys() == {op.SUPERBLOCK, op.LOG_WRITE}
+    bench.io.clear()
+    bench.volume.io_done(groups[op.SUPERBLOCK], 0)
+    bench.volume.io_done(groups[op.LOG_WRITE], -EIO)
+    bench.superblocks.clear()
+    bench.turn()
+    bench.now_ns += SECOND
+    bench.turn()
+    bench.settle()
+    assert bench.superblocks == [A_OFFSET_BYTES, B_OFFSET_BYTES]
 
 
 def test_a_flush_of_all_that_is_volatile_takes_one_operation() -> None:

@@ -206,6 +206,17 @@ def flush_without_the_records_in_flight() -> None:
 
 
 @canary
+def chosen_from_ram_and_not_kept_until_it_is_written() -> None:
+    """A slot is evicted while a destage of several turns has yet to write it."""
+
+    def pin(original: Any, self: Any, chosen: Any, block: int, slot: int) -> None:
+        chosen.blocks.append(block)
+        chosen.slots.append(slot)
+
+    _patch(sources.Sources, "_pin", pin)
+
+
+@canary
 def durable_write_that_is_none() -> None:
     """The engine forgets that a record's write is to be durable."""
 

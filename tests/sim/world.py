@@ -36,6 +36,7 @@ from vhostcache.eviction import Eviction
 from vhostcache.log import read_ring, recovery
 from vhostcache.log import superblock as superblocks
 from vhostcache.log import tier as log_tier
+from vhostcache.log.destage import TURN_BLOCKS
 from vhostcache.log.recovery import BackendFacts, Recovered
 from vhostcache.log.sources import StagingRead
 from vhostcache.log.unreadable import ATTEMPTS, RETRY_NS
@@ -197,6 +198,8 @@ class Sizes:
     """Share of power losses among the crashes."""
     bad_sectors: float = 0.0
     """Share of steps in which something of the log cannot be read any more."""
+    turn_blocks: int = TURN_BLOCKS
+    """After so many a destage goes on in the next turn."""
 
 
 FOCUS: Final[tuple[dict[str, Any], ...]] = (
@@ -341,6 +344,8 @@ class World:
         """Apart, so that they change nothing in the life of other seeds."""
         if not (fixed or sizes.flips) and self.sectors.random() < 0.15:
             sizes = replace(sizes, bad_sectors=0.05, steps=2 * sizes.steps)
+        if "turn_blocks" not in fixed and random.Random(f"turns of {seed}").random() < 0.5:
+            sizes = replace(sizes, turn_blocks=1)
         self.sizes = sizes
         self.states: Counter[str] = Counter()
         size = self.sizes
@@ -565,6 +570,7 @@ class World:
                 preferred_bytes=size.preferred_blocks * BLOCK,
                 ordered=self.ordered(),
                 record_blocks=size.record_blocks,
+                turn_blocks=size.turn_blocks,
                 fill_bytes=size.fill_blocks * BLOCK,
                 readahead_bytes=size.readahead_blocks * BLOCK,
                 direct_bytes=size.direct_blocks * BLOCK,

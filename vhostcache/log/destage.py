@@ -68,6 +68,7 @@ class LogDestageSettings:
     """Of one write to the backend; 0: any number."""
     preferred_blocks: int = 1
     """What the backend writes best."""
+    turn_blocks: int = TURN_BLOCKS
     whole_objects: bool = False
     """The backend wants an object as a whole, once: what is not dirty of it is read from the backend first."""
 
@@ -250,7 +251,7 @@ class LogDestager:
             return op.NEVER
         self._modulate()
         deadline_ns = self._go_on() if self._resting else op.NEVER
-        left = self._take_steps(TURN_BLOCKS)
+        left = self._take_steps(self.settings.turn_blocks)
         if left <= 0:
             return now_ns
         if now_ns < self.trouble.at_ns:

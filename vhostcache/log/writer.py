@@ -432,7 +432,8 @@ class LogWriter:
         record = self.open
         if record is not None and not record.since_ns and not record.is_empty:
             record.since_ns = now_ns or 1
-        if not self._committing and not self._next_tags:
+        # What is durable and not yet in the index counts as neither old nor much: a commit would do nothing for it.
+        if not self._committing and not self._next_tags and self.durable_seq == self.synced_seq:
             since_ns = self._volatile_since_ns()
             if since_ns < op.NEVER:
                 due_ns = since_ns + self.sync_interval_ns
@@ -489,9 +490,13 @@ class LogWriter:
             durable, record.durable, record.again = record.durable, False, False
             self._to_repeat.append(record)
             if result < 0:
-                if durable:
+                waiters: list[Callable[[int], None]] = []
+                if durable:  # what they have written may be lost with it
+                    waiters, self._sync_waiters = self._sync_waiters, waiters
                     self._sync_failed()
                 self.device_failed("write", result)
+                for waiter in waiters:
+                    waiter(result)
             return
         record.written = True
         first = self._records[0].seq
@@ -532,8 +537,8 @@ class LogWriter:
         self._lose()
 
     def absorb(self) -> bool:
-        """Some records that are durable enter the index, and give back their entries and slots. True: there are more,
-        and whoever waited for what these have given back may go on."""
+        """Some records that are durable enter the index, and give back their entries and slots. True: there may be
+        more, and whoever waited for what these have given back may go on."""
         records, state, index = self._records, self._map.state, self._index
         release = self._map.release
         if not (records and records[0].seq <= self.synced_seq):
@@ -576,7 +581,7 @@ class LogWriter:
         if entries > self._retired:
             self._retired = entries
             self._io.retire(entries)
-        return entries > 0
+        return True
 
     def _lose(self) -> None:
         """A fdatasync has failed: nothing that is not durable counts as written."""

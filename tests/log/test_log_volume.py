@@ -484,6 +484,36 @@ def test_a_write_that_waits_for_room_does_not_use_up_the_pace_again_and_again() 
     assert abs(pacer._credit - (before - 1000)) < 0.01
 
 
+def test_what_a_destage_has_chosen_stays_in_the_log_until_it_has_been_read() -> None:
+    bench = Bench(turn_blocks=1)
+    writer, destager = bench.volume._writer, bench.volume._destager
+    bench.write(0, 3)
+    bench.flush()
+    bench.volume.drain()
+    bench.turn()
+    bench.settle()
+    bench.volume.drain(False)
+    assert bench.volume.drained
+    clean = bench.volume._index.lookup(1) >> 1
+    for block in (0, 2):
+        bench.write(block)
+        bench.flush()
+    bench.evict()
+    destager._speed.answered(2_000_000)  # so far away that the clean block between them is written too
+    bench.volume.drain()
+    bench.turn()
+    assert destager._chosen
+    assert op.LOG_READ not in [code for code, _ in bench.io]
+    assert min(writer.reading) <= clean
+    assert bench.deadline_ns <= bench.now_ns
+    bench.turn()
+    assert op.LOG_READ in [code for code, _ in bench.io]
+    assert min(writer.reading) <= clean
+    bench.settle()
+    assert not writer.reading
+    assert destager.counters["blocks_bridged"] == 1
+
+
 def test_objects_that_cannot_be_destaged_do_not_hide_those_that_can() -> None:
     bench = Bench(destage=True, destage_after_ns=SECOND)
     for number in range(12):

@@ -1091,6 +1091,7 @@ class World:
         self.volume.drain()
         self.engine.deadline_ns = 0
         self.until(lambda: self.volume.drained, "draining")
+        self.look_at_the_notices()
         lost = self.look_at_the_lost() if self.suspects else set()
         for block, content in enumerate(self.guest.state):
             versions = self.backend.versions.get(block)
@@ -1098,6 +1099,11 @@ class World:
             if durable != content and block not in lost:
                 raise Wrong(f"after draining, block {block} of the backend is not what the guest wrote")
         self.states["drained"] += 1
+
+    def look_at_the_notices(self) -> None:
+        """Nothing of the log is overwritten while it is still to be read."""
+        if not (self.flips or self.suspects) and any(name == "log-corrupt" for name, _ in self.volume.notices):
+            raise Wrong("a block of the log is said to have rotted, and none has")
 
     def look_at_the_lost(self) -> set[int]:
         """What was given up is answered with errors, and the image has an older version of it."""
@@ -1147,6 +1153,7 @@ class World:
     def stop(self) -> None:
         """The process is gone, by itself or with the machine."""
         if hasattr(self, "engine"):
+            self.look_at_the_notices()
             self.engine.die()
             self.look_at_the_image()
         if self.rng.random() < self.sizes.power:

@@ -120,6 +120,11 @@ class LogRig(Rig):
         named = headers[0] | (headers[1] << 32 if len(headers) > 1 else 0)
         return [op.LOG_WRITE | len(slots) << 32, group, offset, named, len(words), *words, *slots]
 
+    def durable(self, group: int, headers: Sequence[int], slots: Sequence[int]) -> list[int]:
+        """The same; it ends when it is on the medium."""
+        code, name, *words = self.record(group, headers, slots, [log_format.extent(0, len(slots))])
+        return [code, name | 1 << 33, *words]
+
     def run(self, *operations: Sequence[int], count: int | None = None) -> list[int]:
         """The results of I/O with groups 0, 1, ..."""
         self.done.clear()
@@ -209,6 +214,29 @@ def test_a_record_without_payload_is_its_header(rig: LogRig) -> None:
     assert rig.on_disk(offset, BLOCK) == expected
 
 
+def test_records_are_written_and_synced_in_one_operation_of_any_size(rig: LogRig) -> None:
+    slots = [10 + 2 * i for i in range(1024)]
+    rig.fill(slots)
+    assert rig.run(rig.durable(0, [5], slots[:3])) == [0]
+    assert rig.figures("log_ops") == [0, 1, 1, 0]
+    # Others are on their way meanwhile, and one has more segments than the kernel takes at once.
+    operations = [rig.durable(0, [7, 9], slots), rig.record(1, [11], slots[:5]), [op.LOG_FLUSH, 2]]
+    assert rig.run(*operations, rig.durable(3, [13], slots[5:6])) == [0] * 4
+    for offset, expected in rig.expected:
+        assert rig.on_disk(offset, len(expected)) == expected
+    assert rig.figures("log_errors") == 0
+
+
+def test_an_engine_that_ends_waits_for_what_is_being_synced(rig: LogRig) -> None:
+    rig.fill(range(10, 500))
+    operations = [rig.durable(0, [5], range(10, 250)), [op.LOG_FLUSH, 1], rig.durable(2, [6], range(250, 500))]
+    rig.operations = [word for operation in operations for word in operation]
+    rig.turn(0)
+    rig.engine.close()
+    for offset, expected in rig.expected:
+        assert rig.on_disk(offset, len(expected)) == expected
+
+
 def test_a_record_may_end_where_the_ring_ends_and_the_next_begins_where_it_begins(rig: LogRig) -> None:
     rig.fill(range(10, 14))
     rig.head = FIRST + RING_BLOCKS - 3
@@ -280,6 +308,7 @@ def test_a_full_device_is_the_groups_result(tmp_path: Path, threads: bool) -> No
     rig = LogRig(tmp_path, cache=os.open("/dev/full", os.O_RDWR), force_threads=threads)
     rig.fill([10])
     assert rig.run(rig.record(0, [5], [10]), [op.LOG_FLUSH, 1]) == [-errno.ENOSPC, -errno.EINVAL]
+    assert rig.run(rig.durable(0, [5], [10])) == [-errno.ENOSPC]
     rig.close()
 
 
@@ -301,6 +330,8 @@ def test_a_record_that_could_be_written_only_in_part_is_an_error(rig: LogRig) ->
     resource.setrlimit(resource.RLIMIT_FSIZE, (RING_OFFSET + 3 * BLOCK, before[1]))
     try:
         assert rig.run(rig.record(0, [5], range(10, 20))) == [-errno.EFBIG]
+        rig.head = FIRST
+        assert rig.run(rig.durable(0, [5], range(10, 20))) == [-errno.EFBIG]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 

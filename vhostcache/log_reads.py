@@ -18,6 +18,7 @@ from vhostcache.map import Map
 
 LAST_SHARE: Final = 4
 """What is read in the last quarter of the log is offered to the read cache, for the log will soon be without it."""
+TELL_NS: Final = 1_000_000_000
 ZERO_SLOT: Final = 1
 """A slot of zeroes that is never written."""
 
@@ -32,6 +33,9 @@ class LogReads(GuestRequests):
         super().__init__(settings, operations, block_map, groups)
         self.read_ring: ReadRing | None = None
         self.log_hits = 0
+        self.passed_over = 0
+        """Clean blocks of the log that could not be read from it, and then came from the backend."""
+        self._told_ns = 0
         self.read_cache_hits = 0
         self._closing = False
 
@@ -65,7 +69,20 @@ class LogReads(GuestRequests):
         reading[address] -= 1
         if not reading[address]:
             del reading[address]
-        return result
+        return GONE if result < 0 and self._pass_over(address, first, count, result) else result
+
+    def _pass_over(self, address: int, first: int, count: int, result: int) -> bool:
+        """The log cannot give these blocks. A bad cache device is no reason to fail a read that the backend can answer.
+        False: it has nothing to do with any of them."""
+        passed_over = self._index.forget_clean(first, count, address)
+        if not passed_over:
+            return False
+        self.passed_over += passed_over
+        if self.now_ns >= self._told_ns:
+            self._told_ns = self.now_ns + TELL_NS
+            fields = {"errno": -result, "offset": first * op.BLOCK_BYTES, "bytes": passed_over * op.BLOCK_BYTES}
+            self.notices.append(("log-passed-over", {**fields}))
+        return True
 
     def _offer(self, fill: Fill) -> None:
         """A fill has brought blocks that the read cache may want: from the backend, or from the part of the log that is

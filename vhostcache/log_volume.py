@@ -495,6 +495,7 @@ class LogVolume(LogChanges):
             "room_waits": self.room_waits,
             "waiting_for_room": len(self._room),
             "log_hits": self.log_hits,
+            "log_passed_over_blocks": self.passed_over,
             "read_cache_hits": self.read_cache_hits,
             **(self.read_ring.statistics() if self.read_ring is not None else {}),
             "waiting_for_backend": len(self._retries),

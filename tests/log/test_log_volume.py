@@ -292,6 +292,69 @@ def test_a_rotten_block_is_lost_once_and_found_again_when_it_has_been_overwritte
     assert bench.volume.statistics()["log_clean"] == bench.volume.statistics()["log_head"]
 
 
+def destaged(bench: Bench, *blocks: int) -> None:
+    """They are written, flushed, on the backend, and in the log alone besides."""
+    for block in blocks:
+        bench.write(block)
+    bench.flush()
+    bench.evict()
+    bench.volume.drain()
+    bench.turn()
+    bench.settle()
+    bench.volume.drain(False)
+    assert bench.volume._destager.settled
+
+
+@pytest.mark.parametrize("errno", [EBADMSG, EIO])
+@pytest.mark.parametrize("count", [1, 8])
+def test_what_the_log_cannot_give_of_clean_blocks_comes_from_the_backend(errno: int, count: int) -> None:
+    bench = Bench(destage=True)
+    destaged(bench, *range(8))
+    bench.write(4)
+    bench.flush()
+    bench.evict()
+    tag = bench.ask(op.REQUEST_READ, 0, count)
+    bench.end(op.LOG_READ, -errno)
+    if count > 4:
+        bench.end(op.LOG_READ)  # only the log has it
+    while op.READ not in [code for code, _ in bench.io]:
+        bench.end(op.LOG_READ, -errno)
+    bench.settle()
+    assert bench.answers[tag] == op.STATUS_OK
+    assert bench.volume.statistics()["log_passed_over_blocks"] in (1, 4, 7)
+    bench.evict()
+    tag = bench.ask(op.REQUEST_READ, 0)
+    assert op.LOG_READ not in [code for code, _ in bench.io], "it is not asked again"
+
+
+def test_what_the_log_cannot_give_of_other_blocks_is_an_error() -> None:
+    bench = Bench(destage=True)
+    bench.ask(op.REQUEST_ZERO, 0, 64)  # a whole object
+    bench.flush()
+    destaged(bench, 1)
+    tag = bench.ask(op.REQUEST_READ, 1, 1)
+    bench.end(op.LOG_READ, -EIO)
+    assert bench.answers[tag] == op.STATUS_IOERR, "the index would take it for zero"
+    bench.write(100)
+    bench.flush()
+    bench.evict()
+    tag = bench.ask(op.REQUEST_READ, 100, 1)
+    bench.end(op.LOG_READ, -EIO)
+    assert bench.answers[tag] == op.STATUS_IOERR, "nobody else has it"
+    bench.volume.drain()
+    bench.turn()
+    bench.end(op.LOG_READ, -EBADMSG)
+    bench.settle()
+    assert bench.volume.statistics()["lost_blocks"] == 1
+    bench.write(101)
+    bench.flush()
+    bench.settle()  # the object is clean now, above what says that the block is lost
+    tag = bench.ask(op.REQUEST_READ, 100, 1)
+    bench.end(op.LOG_READ, -EBADMSG)
+    assert bench.answers[tag] == op.STATUS_IOERR, "what the backend has is older"
+    assert bench.volume.statistics()["log_passed_over_blocks"] == 0
+
+
 def test_what_the_last_durable_records_give_back_is_offered_at_once() -> None:
     bench = Bench(slots=4096, record_blocks=16)
     for block in range(16 * 7):

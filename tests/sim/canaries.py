@@ -70,6 +70,12 @@ SIZES["what-has-been-read-is-overwritten-by-a-probe"] |= {
     "ordered": False,
     "wants_whole_objects": False,
 }
+SIZES["what-only-the-log-has-is-passed-over-too"] = {
+    "flips": 1.0,
+    "openings": 2,
+    "writes": 0.5,
+    "recovery_crashes": 0.0,
+}
 for _name in (
     "a-loss-does-not-hold-the-tail",
     "a-loss-does-not-outlive-the-process",
@@ -621,3 +627,23 @@ def read_cache_trusted_after_a_crash() -> None:
         return original(disk, replace(recovered, finding=finding))
 
     _patch(read_ring, "load", load)
+
+
+@canary
+def what_only_the_log_has_is_passed_over_too() -> None:
+    """A dirty block that the log cannot give is read from the backend, which has something older."""
+
+    def forget(_: Any, self: Any, first: int, count: int, address: int) -> int:
+        forgotten = 0
+        for block in range(first, first + count):
+            entry = self._objects.get(block >> self._shift)
+            if entry is None or self.lookup(block) != (address + block - first) << 1 or entry.zero:
+                continue
+            if entry.page is not None:
+                entry.page[block & self._mask] = 0
+            else:
+                del entry.few[block & self._mask]
+            forgotten += 1
+        return forgotten
+
+    _patch(index.LogIndex, "forget_clean", forget)

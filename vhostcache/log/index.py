@@ -262,6 +262,24 @@ class LogIndex:
         """Whether the backend has what the block was at this address."""
         return address < self._objects[block >> self._shift].destaged
 
+    def forget_clean(self, first: int, count: int, address: int) -> int:
+        """The log does not give what it has at `address`, `address + 1`, ... of neighbouring blocks. Those of them that
+        the backend has too, and nothing newer is known of, are read from there from now on. Returns how many."""
+        forgotten = 0
+        for block in range(first, first + count):
+            at = address + block - first
+            entry = self._objects.get(block >> self._shift)
+            if entry is None or at >= entry.destaged or self.lookup(block) != at << 1 or block in self.lost:
+                continue
+            if entry.zero >> 1 >= self.tail and entry.zero:
+                continue  # these older zeroes would come to light
+            if entry.page is not None:
+                entry.page[block & self._mask] = 0
+            else:
+                del entry.few[block & self._mask]
+            forgotten += 1
+        return forgotten
+
     def is_lost(self, block: int) -> bool:
         """Whether the block has not been overwritten since it was lost."""
         address = self.lost.get(block)

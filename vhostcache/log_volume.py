@@ -486,7 +486,7 @@ class LogVolume(LogChanges):
             "misses": self.misses,
             "flushes_received": self.flushes_received,
             "write_through": int(self._write_through),
-            "dirty_blocks": writer.head - clean + writer.volatile_blocks,
+            "dirty_blocks": writer.head - clean + (len(writer.open.slots) if writer.open else 0),
             "dirty_objects": len(index.dirty) + len(self._destager.in_flight),
             "cached_blocks": len(block_map.where),
             "ram_blocks": block_map.slots - op.FIRST_SLOT,

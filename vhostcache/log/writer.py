@@ -274,7 +274,9 @@ class LogWriter:
         return self.next_seq if record and not record.is_empty else self.next_seq - 1
 
     def commit_soon(self) -> None:
-        """Slots or entries are wanted that only a commit gives back."""
+        """Slots or entries are wanted that only a commit gives back, if none has that is not in the index yet."""
+        if self.durable_seq < self.synced_seq:
+            return
         if not self._next_tags and not self._committing and not self.settled:
             self.commit(INTERNAL)
 

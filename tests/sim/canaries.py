@@ -335,18 +335,13 @@ def neighbours_of_a_bad_sector_are_given_up() -> None:
 @canary
 def what_has_been_read_is_overwritten_by_a_probe() -> None:
     """The slot into which the device's other blocks are read is one of a read that has succeeded since."""
-    failed: dict[Any, int] = {}
-
-    def staged(original: Any, self: Any, read: Any, result: int) -> None:
-        if result == -engine.EIO:
-            failed[read.destage] = read.slots[0]
-        original(self, read, result)
 
     def probe(original: Any, self: Any, chosen: Any, *arguments: Any) -> None:
-        chosen.scratch = failed[chosen]
+        read = [slot for slot in chosen.slots if slot in chosen.staged]
+        if read:
+            chosen.scratch = read[0]
         original(self, chosen, *arguments)
 
-    _patch(sources.Sources, "staged", staged)
     _patch(sources.Sources, "_probe", probe)
 
 

@@ -440,7 +440,8 @@ static bool is_wanted(const struct nbd *nbd, uint32_t index)
     return index < nbd->wanted || (index == UNCOMPRESSED && nbd->uncompressed_needed);
 }
 
-static struct link *idlest(struct nbd *nbd, bool uncompressed)
+/* One that is in the midst of a command or an answer keeps what it is handed, and sends all of that at once: nothing but requests. */
+static struct link *idlest(struct nbd *nbd, bool uncompressed, bool data)
 {
     struct link *best = NULL;
     uint32_t first = uncompressed ? UNCOMPRESSED : 0, end = uncompressed ? LINKS : nbd->wanted;
@@ -448,7 +449,7 @@ static struct link *idlest(struct nbd *nbd, bool uncompressed)
         struct link *link = &nbd->links[i];
         if (!link->nbd || link->commands == MAX_LINK_COMMANDS || (link->commands && link->bytes >= MAX_LINK_BYTES) || is_dead(link))
             continue;
-        if (link->stale || !nbd_aio_is_ready(link->nbd)) /* in the midst of a command or an answer: it would be kept, and sent with all others at once */
+        if (link->stale || (data && !nbd_aio_is_ready(link->nbd)))
             continue;
         if (!best || link->bytes < best->bytes || (link->bytes == best->bytes && link->commands < best->commands))
             best = link;
@@ -483,7 +484,7 @@ static bool pump_queue(struct nbd *nbd, struct commands *queue, uint32_t *room)
         if (!*room)
             return false;
         bool wanted = !command->io->abandoned && !doubtful(nbd, command);
-        if (wanted && !(link = idlest(nbd, command->uncompressed)))
+        if (wanted && !(link = idlest(nbd, command->uncompressed, command->kind == IO_WRITE)))
             return false;
         if (wanted && !prepare(nbd, command)) {
             backend_wake_at(nbd->backend, nbd->backend->engine->now_ns + FIRST_PAUSE_NS);
@@ -532,7 +533,7 @@ static void pump(struct nbd *nbd)
         backend_wake_at(nbd->backend, 0); /* others first */
     struct ask *ask;
     struct link *link;
-    while ((ask = first_unsent(nbd)) && (link = idlest(nbd, false)))
+    while ((ask = first_unsent(nbd)) && (link = idlest(nbd, false, false)))
         send_ask(ask, link);
     for (uint32_t i = 0; i < LINKS; i++)
         if (nbd->links[i].nbd && !is_dead(&nbd->links[i]))

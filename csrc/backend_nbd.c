@@ -14,7 +14,7 @@
  * the server goes on working at a connection that we have given up. Nobody can fence that off: docs/ARCHITECTURE.md says so.
  *
  * The loop is never the server's for long: one look takes in from its connections for TURN_NS, one recv() each, and gives them
- * TURN_BYTES. libnbd sends all that it has been handed, so it is handed a command only when the one before is on its way.
+ * TURN_BYTES. libnbd sends all that it has been handed, so it is handed data only when the command before is on its way.
  *
  * QEMU's compress filter answers EIO to what would change a cluster that is stored as it is, because it did not shrink. Such a
  * command goes to a second export of the same server, the image without that filter, over a link of its own. A flush covers both:

@@ -69,6 +69,7 @@ class LogDestageSettings:
     preferred_blocks: int = 1
     """What the backend writes best."""
     turn_blocks: int = TURN_BLOCKS
+    """Steps of destages in one turn."""
     whole_objects: bool = False
     """The backend wants an object as a whole, once: what is not dirty of it is read from the backend first."""
 

@@ -268,9 +268,9 @@ class LogIndex:
         forgotten = 0
         for block in range(first, first + count):
             at = address + block - first
-            entry = self._objects.get(block >> self._shift)
-            if entry is None or at >= entry.destaged or self.lookup(block) != at << 1 or block in self.lost:
+            if self.lookup(block) != at << 1 or not self.is_clean(block, at) or block in self.lost:
                 continue
+            entry = self._objects[block >> self._shift]
             if entry.zero >> 1 >= self.tail and entry.zero:
                 continue  # these older zeroes would come to light
             if entry.page is not None:

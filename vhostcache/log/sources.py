@@ -72,7 +72,6 @@ class LogDestage:
         "slots",
         "small",
         "span",
-        "span_slots",
         "staged",
         "unreadable",
         "zeroes",
@@ -99,8 +98,7 @@ class LogDestage:
         self.later: list[tuple[list[int], list[int], list[int]]] = []
         """Parts of a read that has failed, to be read again: addresses, blocks, slots."""
         self.span = range(0)
-        """Blocks that are read from the backend before, to be written as a whole; and the slots they go to."""
-        self.span_slots: list[int] = []
+        """Blocks that are read from the backend before, into the staged slots, to be written as a whole."""
         self.missing: list[int] = []
         """Those of them that are not dirty, and are written too."""
         self.bridged = 0
@@ -414,14 +412,13 @@ class Sources:
 
     def _read_span(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
         span = destage.span
-        destage.span_slots = destage.staged
         self.blocks_read_back += len(span)
         offset = span.start * op.BLOCK_BYTES
         size = min(len(span) * op.BLOCK_BYTES, self.size_bytes - offset)
         if size % op.BLOCK_BYTES:
             # A disk may grow before this is written: what is behind its end is zeroes then.
-            self._io.zero_slot(destage.span_slots[-1], size % op.BLOCK_BYTES, -size % op.BLOCK_BYTES)
-        self._io.read(self._io.begin(SpanRead(self, destage, fetch)), offset, size, destage.span_slots)
+            self._io.zero_slot(destage.staged[-1], size % op.BLOCK_BYTES, -size % op.BLOCK_BYTES)
+        self._io.read(self._io.begin(SpanRead(self, destage, fetch)), offset, size, destage.staged)
         self._io.reads -= 1  # not for the guest
 
     def span_read(self, destage: LogDestage, fetch: list[tuple[int, int]], result: int) -> None:
@@ -457,7 +454,7 @@ class Sources:
             whole = sum(address not in bad for _, address in fetch)
         if destage.span:
             first = destage.span.start
-            slots = [destage.span_slots[block - first] for block, _ in fetch]
+            slots = [destage.staged[block - first] for block, _ in fetch]
         else:
             slots = destage.staged
         addresses = [address for _, address in fetch]
@@ -556,7 +553,7 @@ class Sources:
         if destage.span:
             first = destage.span.start
             destage.blocks += destage.missing
-            destage.slots += [destage.span_slots[block - first] for block in destage.missing]
+            destage.slots += [destage.staged[block - first] for block in destage.missing]
         self._ready(destage)
 
     def _release_reading(self, destage: LogDestage) -> None:

@@ -30,6 +30,7 @@
 #include "io.h"
 #include "nbd_connect.h"
 #include "nbd_holes.h"
+#include "staging.h"
 
 #define MAX_LINKS 16u
 #define MAX_DATA_BYTES (32u << 20)  /* of one command: what every server takes that does not say otherwise */
@@ -52,7 +53,8 @@ struct command {
     struct io *io;
     struct link *link; /* that it was sent on, or NULL */
     uint8_t kind;      /* of the command: a zeroing I/O may have to be written */
-    bool staged;
+    uint32_t staged;   /* the capacity of `memory`, where that is not the I/O's own; or 0 */
+    bool scattered;    /* the pieces of a read have not come in order */
     bool uncompressed; /* to the second export */
     int error;         /* a positive errno */
     uint64_t offset;
@@ -110,6 +112,7 @@ struct nbd {
     uint64_t written, flushed; /* commands that have succeeded; how many of them a flush has covered */
     uint64_t doubts, doubts_told;
     uint64_t leave_by_ns; /* stale links, whatever is in flight */
+    struct staging staging;
     vhc_backend_stats stats;
 };
 
@@ -120,10 +123,10 @@ static uint64_t *word_of(struct nbd *nbd, struct io *io)
     return &io->word[nbd->backend->level];
 }
 
-static void command_free(struct command *command)
+static void command_free(struct nbd *nbd, struct command *command)
 {
     if (command->staged)
-        free(command->memory);
+        staging_give(&nbd->staging, command->memory, command->staged);
     free(command);
 }
 
@@ -134,7 +137,7 @@ static void command_finish(struct nbd *nbd, struct command *command, int error)
     uint64_t *word = word_of(nbd, io);
     if (error && !(*word >> 32))
         *word |= (uint64_t)(error & 0xfff) << 32;
-    command_free(command);
+    command_free(nbd, command);
     assert((uint32_t)*word);
     if (--*word & UINT32_MAX)
         return;
@@ -277,10 +280,11 @@ static bool prepare(struct nbd *nbd, struct command *command)
             return true;
         }
     }
-    command->memory = malloc(command->bytes);
-    if (!command->memory)
+    command->memory = staging_take(&nbd->staging, command->bytes, &command->staged);
+    if (!command->memory) {
+        command->staged = 0;
         return false;
-    command->staged = true;
+    }
     nbd->stats.staged_bytes += command->bytes;
     if (command->kind == IO_WRITE)
         copy_piece(command, false);
@@ -290,16 +294,28 @@ static bool prepare(struct nbd *nbd, struct command *command)
 /* ---- to the server and back ---- */
 
 /* libnbd calls these two, in the middle of its work. Nothing may be asked of libnbd here. It takes any number of pieces for one read,
- * also the same again and again without end. */
+ * also the same again and again without end, and leaves what none of them has said as the memory was before: that must not reach a
+ * guest, so where they do not come in order the rest becomes zeroes first. */
 static int on_piece(void *user, const void *data, size_t bytes, uint64_t offset, unsigned status, int *error)
 {
     struct command *command = user;
-    (void)data, (void)offset, (void)error;
+    uint8_t *memory = command->memory;
+    uint64_t position = offset - command->offset;
+    (void)data, (void)error;
     if (status == LIBNBD_READ_ERROR)
         return 0;
-    command->seen += bytes;
-    if (!bytes || command->seen > command->bytes)
+    if (!bytes || position > command->bytes || bytes > command->bytes - position || command->seen + bytes > command->bytes) {
         command->link->broken = true;
+        return 0;
+    }
+    if (!command->scattered && position != command->seen) {
+        uint64_t end = position + bytes > command->seen ? position + bytes : command->seen;
+        command->scattered = true;
+        if (position > command->seen)
+            memset(memory + command->seen, 0, position - command->seen);
+        memset(memory + end, 0, command->bytes - end);
+    }
+    command->seen += bytes;
     return 0;
 }
 
@@ -362,6 +378,7 @@ static void transmit(struct nbd *nbd, struct link *link, struct command *command
     nbd->stats.bytes[command->kind] += command->bytes;
     command->covers = nbd->written;
     command->seen = 0;
+    command->scattered = false;
     if (hand_over(link, command) >= 0)
         return;
     /* It was not even queued. */
@@ -645,7 +662,7 @@ static void drop_link(struct nbd *nbd, struct link *link)
         TAILQ_REMOVE(&link->sent, command, entry);
         count_out(nbd, command);
         if (nbd->closing) /* the I/O is gone already */
-            command_free(command);
+            command_free(nbd, command);
         else
             send_again(nbd, command);
     }
@@ -964,12 +981,13 @@ static void nbd_end(struct backend *backend)
     for (uint32_t i = 0; i < QUEUES; i++) {
         while ((command = TAILQ_FIRST(&nbd->waiting[i]))) {
             TAILQ_REMOVE(&nbd->waiting[i], command, entry);
-            command_free(command);
+            command_free(nbd, command);
         }
     }
     while (!TAILQ_EMPTY(&nbd->asks))
         ask_over(TAILQ_FIRST(&nbd->asks), false);
     holes_free(nbd->holes);
+    staging_clear(&nbd->staging);
     nbd_target_release(nbd->target);
     if (nbd->uncompressed)
         nbd_target_release(nbd->uncompressed);

@@ -121,7 +121,9 @@ static void say_why(char *error, size_t error_bytes)
 static bool set_up(struct nbd_handle *nbd, const struct nbd_target *target)
 {
     /* The choke point has seen to what libnbd would check. Of alignment the server may ask more than it needs. */
-    return nbd_set_strict_mode(nbd, LIBNBD_STRICT_MASK & ~LIBNBD_STRICT_ALIGN) == 0 && nbd_set_uri_allow_local_file(nbd, true) == 0 && nbd_set_tls_verify_peer(nbd, target->verify) == 0 &&
+    return nbd_set_strict_mode(nbd, LIBNBD_STRICT_MASK & ~LIBNBD_STRICT_ALIGN) == 0 &&
+           nbd_set_pread_initialize(nbd, false) == 0 && /* backend_nbd.c looks at what has come */
+           nbd_set_uri_allow_local_file(nbd, true) == 0 && nbd_set_tls_verify_peer(nbd, target->verify) == 0 &&
            (!target->certificates || nbd_set_tls_certificates(nbd, target->certificates) == 0) &&
            (!target->psk_file || nbd_set_tls_psk_file(nbd, target->psk_file) == 0) &&
            (!target->username || nbd_set_tls_username(nbd, target->username) == 0) &&

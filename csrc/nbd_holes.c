@@ -1,8 +1,11 @@
 /* A bitmap of what the server has said to be zeroes, and one of where it has said anything.
  *
  * Invariant: a range that is known to be zeroes has not been written, nor has any write to it been under way, since before the server was
- * asked. A *window* (64 MiB) is what is asked about at once: it counts its writes under way and has a version that each write
- * changes, so that an answer that a write has overtaken is not believed. Only this connection's client writes to the export. */
+ * asked. A *window* (64 MiB) counts its writes under way and remembers when it was changed last, so that an answer that a write has
+ * overtaken is not believed. Only this connection's client writes to the export.
+ *
+ * A question may cost the server a look at all that follows (SEEK_HOLE in a file without holes), so few are asked: each reaches farther
+ * while the answers are that all is the same, and what an answer says of the space behind the question is taken too. */
 #include "nbd_holes.h"
 
 #include <assert.h>
@@ -13,14 +16,19 @@
 #define WINDOW_SHIFT 26u
 #define GRANULE (1ull << GRANULE_SHIFT)
 #define WINDOW (1ull << WINDOW_SHIFT)
+#define WINDOW_GRANULES (WINDOW >> GRANULE_SHIFT)
+#define REACH_MAX (1ull << 30) /* of a question */
 
 struct window {
-    uint32_t version, changes;
+    uint64_t changed; /* the moment of the last change; see `now` */
+    uint32_t changes; /* under way */
     bool asked;
 };
 
 struct holes {
     uint64_t size_bytes, granules, windows_count;
+    uint64_t now;   /* counts changes, their beginnings and their ends */
+    uint64_t reach; /* of the next question, in bytes */
     uint8_t *known, *zero;
     struct window *windows;
 };
@@ -52,6 +60,7 @@ struct holes *holes_new(uint64_t size_bytes)
     holes->known = calloc(1, holes->granules / 8 + 1);
     holes->zero = calloc(1, holes->granules / 8 + 1);
     holes->windows = calloc(holes->windows_count, sizeof *holes->windows);
+    holes->reach = WINDOW;
     if (!holes->known || !holes->zero || !holes->windows) {
         holes_free(holes);
         return NULL;
@@ -73,8 +82,9 @@ void holes_forget(struct holes *holes)
 {
     memset(holes->known, 0, holes->granules / 8 + 1);
     memset(holes->zero, 0, holes->granules / 8 + 1);
+    holes->now++;
     for (uint64_t i = 0; i < holes->windows_count; i++)
-        holes->windows[i].version++;
+        holes->windows[i].changed = holes->now;
 }
 
 static bool inside(const struct holes *holes, uint64_t offset, uint64_t bytes)
@@ -105,9 +115,10 @@ void holes_change_begins(struct holes *holes, uint64_t offset, uint64_t bytes)
         set(holes->zero, i, false);
         set(holes->known, i, true); /* not worth asking */
     }
+    holes->now++;
     for (uint64_t i = offset >> WINDOW_SHIFT; i < end_of(offset, bytes, WINDOW_SHIFT); i++) {
         holes->windows[i].changes++;
-        holes->windows[i].version++;
+        holes->windows[i].changed = holes->now;
     }
 }
 
@@ -115,10 +126,11 @@ void holes_change_ends(struct holes *holes, uint64_t offset, uint64_t bytes)
 {
     if (!(bytes = clip(holes, offset, bytes)))
         return;
+    holes->now++;
     for (uint64_t i = offset >> WINDOW_SHIFT; i < end_of(offset, bytes, WINDOW_SHIFT); i++) {
         assert(holes->windows[i].changes);
         holes->windows[i].changes--;
-        holes->windows[i].version++;
+        holes->windows[i].changed = holes->now;
     }
 }
 
@@ -130,35 +142,58 @@ bool holes_ask(struct holes *holes, uint64_t offset, uint64_t bytes, struct ques
     uint64_t first = offset >> GRANULE_SHIFT, end = ((offset >> WINDOW_SHIFT) + 1) << WINDOW_SHIFT;
     if (window->asked || window->changes || get(holes->known, first))
         return false;
+    uint64_t start = first << GRANULE_SHIFT, most = start + holes->reach;
+    while (end < most && end < holes->size_bytes && !holes->windows[end >> WINDOW_SHIFT].asked && !get(holes->known, end >> GRANULE_SHIFT))
+        end += WINDOW;
     if (end > holes->size_bytes)
         end = holes->size_bytes;
-    window->asked = true;
-    *question = (struct question){first << GRANULE_SHIFT, (uint32_t)(end - (first << GRANULE_SHIFT)), window->version};
+    *question = (struct question){start, (uint32_t)(end - start), holes->now};
+    for (uint64_t i = start >> WINDOW_SHIFT; i < end_of(start, question->bytes, WINDOW_SHIFT); i++)
+        holes->windows[i].asked = true;
     return true;
+}
+
+static void learn(struct holes *holes, uint64_t first, uint64_t end, bool zeroes)
+{
+    for (uint64_t i = first; i < end;) {
+        if (!(i & 7) && end - i >= 8) {
+            memset(holes->known + (i >> 3), 0xff, (end - i) >> 3);
+            memset(holes->zero + (i >> 3), zeroes ? 0xff : 0, (end - i) >> 3);
+            i = end & ~7ull;
+        } else {
+            set(holes->known, i, true);
+            set(holes->zero, i++, zeroes);
+        }
+    }
 }
 
 void holes_answer(struct holes *holes, const struct question *question, uint64_t offset, uint64_t bytes, bool zeroes)
 {
-    uint64_t end = question->offset + question->bytes;
-    if (holes->windows[question->offset >> WINDOW_SHIFT].version != question->version || offset >= end)
+    if (!(bytes = clip(holes, offset, bytes)))
         return;
-    bytes = bytes < end - offset ? bytes : end - offset;
     uint64_t stop = offset + bytes;
+    if (offset == question->offset && bytes >= question->bytes)
+        holes->reach = holes->reach < REACH_MAX ? 2 * holes->reach : REACH_MAX;
+    else
+        holes->reach = WINDOW;
     /* Whole granules only; the last of the export may be short. */
-    for (uint64_t i = (offset + GRANULE - 1) >> GRANULE_SHIFT; i < holes->granules; i++) {
-        uint64_t granule_end = (i + 1) << GRANULE_SHIFT < holes->size_bytes ? (i + 1) << GRANULE_SHIFT : holes->size_bytes;
-        if (granule_end > stop)
-            break;
-        set(holes->known, i, true);
-        set(holes->zero, i, zeroes);
+    uint64_t first = (offset + GRANULE - 1) >> GRANULE_SHIFT, end = stop == holes->size_bytes ? holes->granules : stop >> GRANULE_SHIFT;
+    while (first < end) {
+        const struct window *window = &holes->windows[first / WINDOW_GRANULES];
+        uint64_t next = (first / WINDOW_GRANULES + 1) * WINDOW_GRANULES;
+        if (next > end)
+            next = end;
+        if (!window->changes && window->changed <= question->asked_at)
+            learn(holes, first, next, zeroes);
+        first = next;
     }
 }
 
 void holes_answered(struct holes *holes, const struct question *question, bool good)
 {
-    struct window *window = &holes->windows[question->offset >> WINDOW_SHIFT];
-    window->asked = false;
+    for (uint64_t i = question->offset >> WINDOW_SHIFT; i < end_of(question->offset, question->bytes, WINDOW_SHIFT); i++)
+        holes->windows[i].asked = false;
     /* Whatever it has said: not about the same place again. */
-    if (good && window->version == question->version)
+    if (good && holes->windows[question->offset >> WINDOW_SHIFT].changed <= question->asked_at)
         set(holes->known, question->offset >> GRANULE_SHIFT, true);
 }

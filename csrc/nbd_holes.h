@@ -11,7 +11,7 @@ struct holes;
 struct question {
     uint64_t offset;
     uint32_t bytes;
-    uint32_t version; /* of its window */
+    uint64_t asked_at; /* what was changed later is not believed */
 };
 
 /* NULL: no memory, and then there is nothing to know. */
@@ -26,7 +26,7 @@ void holes_change_begins(struct holes *holes, uint64_t offset, uint64_t bytes);
 void holes_change_ends(struct holes *holes, uint64_t offset, uint64_t bytes);
 /* Is it worth asking, now that this is read? One answer follows, or holes_unanswered(). */
 bool holes_ask(struct holes *holes, uint64_t offset, uint64_t bytes, struct question *question);
-/* `zero_bytes` from `offset` on are zeroes or not, says the server of a part of what it was asked. */
+/* `bytes` from `offset` on are zeroes or not, says the server of a part of what it was asked, or of what follows that. */
 void holes_answer(struct holes *holes, const struct question *question, uint64_t offset, uint64_t bytes, bool zeroes);
 void holes_answered(struct holes *holes, const struct question *question, bool good);
 

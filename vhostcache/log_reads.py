@@ -18,6 +18,8 @@ from vhostcache.map import Map
 
 LAST_SHARE: Final = 4
 """What is read in the last quarter of the log is offered to the read cache, for the log will soon be without it."""
+LONG_RUN: Final = 8
+"""Blocks for which it pays to ask of all of them at once."""
 TELL_NS: Final = 1_000_000_000
 ZERO_SLOT: Final = 1
 """A slot of zeroes that is never written."""
@@ -165,6 +167,10 @@ class LogReads(GuestRequests):
         where, by_block, lookup = self._map.where, self._fills.by_block, self._locate
         ring_blocks = self._writer.ring_blocks
         block = start + 1
+        if not value and end - start > LONG_RUN and self.read_ring is None:
+            absent = self._index.absent_until(start, end)
+            if not by_block and where.keys().isdisjoint(range(start, absent)):
+                block = max(block, absent)
         while block < end and block not in where and block not in by_block:
             other = lookup(block)
             if value & 1 or not value:

@@ -359,6 +359,76 @@ def test_what_the_server_calls_a_hole_is_read_once(server: NbdServer) -> None:
         assert device.backend.statistics()["hole_bytes"] == 12 * MIB - BLOCK
 
 
+def test_what_the_server_says_beyond_the_question_is_taken_but_where_it_is_written(tmp_path: Path) -> None:
+    held: list[bytes] = []
+
+    def answer(server: NbdServer, connection: socket.socket, kind: int, cookie: int, offset: int, length: int) -> bool:
+        if kind == nbd_server.BLOCK_STATUS:
+            held.append(nbd_server.block_status(cookie, (512 * MIB, 3)))
+        return kind == nbd_server.BLOCK_STATUS
+
+    with NbdServer(tmp_path / "nbd.sock", 512 * MIB) as server:
+        server.structured, server.answer = True, answer
+        with opened(server) as device:
+            device.get(0, BLOCK)
+            device.until(lambda: held)
+            device.put(200 * MIB, noise(BLOCK, "new"))
+            with server._lock:
+                server._open[0].sendall(held.pop())
+            device.until(lambda: device.backend.statistics()["in_flight"] == 0)
+            reads = server.kinds.count(nbd_server.READ)
+            for at in (MIB, 100 * MIB, 400 * MIB, 512 * MIB - MIB):
+                assert device.get(at, MIB) == bytes(MIB)
+            assert server.kinds.count(nbd_server.READ) == reads
+            assert device.get(200 * MIB, BLOCK) == noise(BLOCK, "new")
+            assert server.kinds.count(nbd_server.BLOCK_STATUS) == 1
+
+
+def test_a_disk_without_holes_is_asked_about_a_few_times_only(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def answer(server: NbdServer, connection: socket.socket, kind: int, cookie: int, offset: int, length: int) -> bool:
+        if kind == nbd_server.BLOCK_STATUS:
+            asked.append(length)
+            connection.sendall(nbd_server.block_status(cookie, (length, 0)))
+        return kind == nbd_server.BLOCK_STATUS
+
+    with NbdServer(tmp_path / "nbd.sock", 1024 * MIB) as server:
+        server.structured, server.answer = True, answer
+        with opened(server) as device:
+            for at in range(0, 1024 * MIB, 16 * MIB):
+                device.get(at, BLOCK)
+                device.until(lambda: device.backend.statistics()["in_flight"] == 0)
+    assert asked == [64 * MIB, 128 * MIB, 256 * MIB, 512 * MIB, 64 * MIB]
+
+
+def test_a_read_answered_in_pieces_that_leave_some_out_holds_nothing_of_before(server: NbdServer) -> None:
+    """libnbd takes the same piece twice, and then the right number of bytes has come."""
+    pieces: list[tuple[int, int]] = []
+
+    def answer(server: NbdServer, connection: socket.socket, kind: int, cookie: int, offset: int, length: int) -> bool:
+        if kind != nbd_server.READ or not pieces:
+            return False
+        for number, (at, count) in enumerate(pieces):
+            payload = struct.pack(">Q", offset + at) + b"." * count
+            last = number + 1 == len(pieces)
+            connection.sendall(nbd_server.chunk(nbd_server.CHUNK_DATA, cookie, payload, last=last))
+        return True
+
+    server.structured, server.answer = True, answer
+    quarter = 16 * BLOCK
+    with opened(server) as device:
+        device.put(0, b"!" * 4 * quarter)
+        for order in ((0, 0, 1, 2), (1, 1, 1, 1), (3, 3, 0, 0), (0, 1, 2, 2), (3, 2, 1, 0), (0, 1, 3, 2)):
+            pieces.clear()
+            assert device.get(0, 4 * quarter) == b"!" * 4 * quarter
+            pieces += [(part * quarter, quarter) for part in order]
+            found = device.get(0, 4 * quarter)
+            for part in range(4):
+                expected = b"." if part in order else bytes(1)
+                assert found[part * quarter : (part + 1) * quarter] == expected * quarter, order
+
+
 @pytest.mark.parametrize("done", [True, False], ids=["written_meanwhile", "being_written"])
 def test_an_answer_about_holes_that_a_write_has_overtaken_is_not_believed(server: NbdServer, done: bool) -> None:
     held: list[bytes] = []

@@ -40,6 +40,12 @@ def slots_for_ram(ram_bytes: int) -> int:
     return FIRST_SLOT + ram_bytes // (BLOCK_BYTES + BOOKKEEPING_BYTES)
 
 
+def run_end(slots: list[int]) -> int:
+    """Of slots that ascend without a gap, which what is written in order takes: the end of that run. Else 0."""
+    end = slots[0] + len(slots)
+    return end if slots[-1] == end - 1 and slots == list(range(slots[0], end)) else 0
+
+
 class Map:
     """Blocks to slots. `slots` counts the special ones, `object_blocks` is a power of two."""
 

@@ -13,7 +13,7 @@ slots. It never evicts anything but CLEAN slots.
 from collections import deque
 from typing import Final
 
-from vhostcache.map import CLEAN, FREE, ORPHAN, PINNED, Map
+from vhostcache.map import CLEAN, FREE, ORPHAN, PINNED, Map, run_end
 
 SMALL_SHARE: Final = 10
 """The small queue gets one part in ten."""
@@ -90,6 +90,9 @@ class ReadCache:
         slots = self._runs.popleft()
         self._run_slots -= len(slots)
         state, queued, hits = self._map.state, self._queued, self.hits
+        first, end, count = slots[0], run_end(slots), len(slots)
+        if end and state.count(CLEAN, first, end) == queued.count(0, first, end) == hits.count(0, first, end) == count:
+            return slots
         left: list[int] = []
         for slot in slots:
             if state[slot] != CLEAN or queued[slot]:
@@ -160,10 +163,10 @@ class ReadCache:
         block_map = self._map
         state, block_of, where = block_map.state, block_map.block_of, block_map.where
         freed = self._take_run()
+        deque(map(where.__delitem__, map(block_of.__getitem__, freed)), maxlen=0)
         for slot in freed:
-            del where[block_of[slot]]
             state[slot] = FREE
-        block_map.free += freed
+        block_map.free.extend(reversed(freed))  # the last ones are taken first
         return len(freed)
 
     def _evict_small(self) -> int:

@@ -497,9 +497,8 @@ class LogDestager:
             self._end_write(destage)
             self._written.append(destage)
             return
-        order = sorted(range(len(destage.blocks)), key=destage.blocks.__getitem__)
-        blocks = destage.blocks = [destage.blocks[i] for i in order]
-        slots = destage.slots = [destage.slots[i] for i in order]
+        order = sorted(zip(destage.blocks, destage.slots, strict=True))
+        blocks, slots = destage.blocks, destage.slots = [block for block, _ in order], [slot for _, slot in order]
         most = self.settings.max_blocks or len(blocks) + len(destage.zeroes)
         if self._modulator.gentle:
             most = min(most, GENTLE_BLOCKS)

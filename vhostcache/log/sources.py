@@ -12,6 +12,7 @@ writes, and never decides which object is next.
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from typing import Final, Protocol
 
 from vhostcache import operations as op
@@ -30,10 +31,16 @@ ZERO_SLOT: Final = 1
 READ_BLOCKS_MAX: Final = 256
 """Blocks of one log read."""
 READS_AT_ONCE: Final = 64
-"""Blocks of an object that are read from the log before the next ones are."""
+"""Blocks of an object that are read from the log before the next ones are, where they are scattered ..."""
+LONG_READ: Final = 8 * READS_AT_ONCE
+"""... and where they lie in a row, but for the headers of records."""
 REMOTE_NS: Final = 500_000
 """A backend that takes so long for a small write is far away: see `_gap_blocks`."""
 GAP_BLOCKS_MAX: Final = 128
+
+
+_block: Final = itemgetter(0)
+_address: Final = itemgetter(1)
 
 
 class Destager(Protocol):
@@ -230,12 +237,17 @@ class Sources:
             for block, value in values:
                 self._choose_version(destage, block, value, fetch)
         else:
-            in_ram, any_lost = self._map.where, bool(self._index.lost)
+            find, state, any_lost = self._map.where.get, self._map.state, bool(self._index.lost)
             for block, value in values:
-                if block in in_ram or value & 1 or any_lost:
+                slot = find(block)
+                if value & 1 or any_lost:
                     self._choose_source(destage, block, value, fetch)
-                else:
+                elif slot is None or state[slot] == PINNED:
                     fetch.append((block, value >> 1))
+                elif state[slot] == CLEAN:
+                    self._pin(destage, block, slot)
+                else:
+                    destage.need_seq = self._writer.accepted_seq  # a newer version is on its way into the log
         self._choose_neighbours(destage, fetch)
         self._wanted = count = len(destage.span) or len(fetch)
         if self.short:
@@ -306,14 +318,15 @@ class Sources:
     def _choose_neighbours(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
         """Fill small gaps between dirty runs with what the cache has; or read the backend, for a whole object or where
         that takes less than half as long as so many writes."""
-        blocks = sorted([*destage.blocks, *(block for block, _ in fetch)])
-        if not blocks:
-            return
         if self.unit_blocks:
-            self._choose_units(destage, blocks)
+            if destage.blocks or fetch:
+                self._choose_units(destage, sorted([*destage.blocks, *map(_block, fetch)]))
             return
         gap_blocks = self._gap_blocks()
-        if not gap_blocks or blocks[-1] - blocks[0] == len(blocks) - 1:
+        if not gap_blocks:
+            return
+        blocks = sorted([*destage.blocks, *map(_block, fetch)])
+        if not blocks or blocks[-1] - blocks[0] == len(blocks) - 1:
             return
         zeroes = set(destage.zeroes)
         runs = 1
@@ -436,7 +449,7 @@ class Sources:
     # --- from the log ---
 
     def _keep_readable(self, destage: LogDestage, fetch: list[tuple[int, int]]) -> None:
-        oldest = min(address for _, address in fetch)
+        oldest = min(map(_address, fetch))
         reading = self._writer.reading
         destage.reading.append(oldest)
         reading[oldest] = reading.get(oldest, 0) + 1
@@ -446,7 +459,7 @@ class Sources:
         if not fetch:
             self._end(destage)
             return
-        fetch.sort(key=lambda pair: pair[1])
+        fetch.sort(key=_address)
         count = whole = len(fetch)
         if self._unreadable and (bad := self._unreadable.addresses((destage.number,))):
             # What could not be read before comes last, block by block: all the rest is read in long pieces.
@@ -457,12 +470,17 @@ class Sources:
             slots = [destage.staged[block - first] for block, _ in fetch]
         else:
             slots = destage.staged
-        addresses = [address for _, address in fetch]
-        blocks = [block for block, _ in fetch]
+        blocks, addresses = map(list, zip(*fetch, strict=True))
         # Not all of them in one turn: each costs the kernel a microsecond or two.
-        for start in (*range(0, whole, READS_AT_ONCE), *range(whole, count)):
-            end = min(whole, start + READS_AT_ONCE) if start < whole else start + 1
+        start = 0
+        while start < count:
+            end = start + 1
+            if start < whole:
+                end = min(whole, start + LONG_READ)
+                if addresses[end - 1] - addresses[start] > (end - start) * (READS_AT_ONCE + 1) // READS_AT_ONCE:
+                    end = min(whole, start + READS_AT_ONCE)
             destage.later.append((addresses[start:end], blocks[start:end], slots[start:end]))
+            start = end
         destage.later.reverse()
         self._read(destage, *destage.later.pop())
 
@@ -475,7 +493,7 @@ class Sources:
         while start < count:
             first = addresses[start]
             most = min(count, start + READ_BLOCKS_MAX, start + ring_blocks - first % ring_blocks)
-            end = start + 1
+            end = most if addresses[most - 1] - first == most - 1 - start else start + 1
             while end < most and addresses[end] - first == end - start:
                 end += 1
             log_read(group, fmt.offset_bytes(first, ring_blocks), slots[start:end])

@@ -22,7 +22,7 @@ from vhostcache.backoff import Backoff
 from vhostcache.log import format as fmt
 from vhostcache.log.index import LogIndex
 from vhostcache.log.ordered import OrderedQueue
-from vhostcache.map import CLEAN, ORPHAN, WRITING, Map
+from vhostcache.map import CLEAN, ORPHAN, WRITING, Map, run_end
 from vhostcache.readcache import ReadCache
 
 EIO: Final = 5
@@ -341,8 +341,11 @@ class LogWriter:
         slots = record.slots
         payload = record.payload = [slots[block] for block in blocks]
         state = self._map.state
-        for slot in payload:
-            state[slot] = WRITING
+        if payload and (end := run_end(payload)):
+            state[payload[0] : end] = bytes((WRITING,)) * len(payload)
+        else:
+            for slot in payload:
+                state[slot] = WRITING
         self._sealed_blocks += len(payload)
         self._submit(record, 0)
         record.since_ns = record.since_ns or self.now_ns
@@ -562,12 +565,17 @@ class LogWriter:
                 index.add(record.blocks, record.address + record.header_blocks, self.now_ns)
                 if self.dropped is not None:
                     self.dropped.drop(record.blocks)
-                for slot in record.payload:
-                    if state[slot] == WRITING:
-                        state[slot] = CLEAN
-                    else:
-                        assert state[slot] == ORPHAN
-                        release(slot)
+                payload = record.payload
+                first, end = payload[0], run_end(payload)
+                if end and state.count(WRITING, first, end) == len(payload):
+                    state[first:end] = bytes((CLEAN,)) * len(payload)
+                else:
+                    for slot in payload:
+                        if state[slot] == WRITING:
+                            state[slot] = CLEAN
+                        else:
+                            assert state[slot] == ORPHAN
+                            release(slot)
                 self._cache.admit_run(record.payload)
             if self.ordered is not None:
                 first = record.address + record.header_blocks

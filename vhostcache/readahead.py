@@ -1,7 +1,7 @@
 """Readahead: what a sequential stream will ask for next, fetched from the backend before it does.
 
 Owns the streams that are being watched and the fills that were begun for them. A stream is reads that follow one
-another; from the third on its window is fetched, which doubles as long as the stream goes on, up to a limit. What has
+another, or leave out a little: who appends compressed clusters reads the sectors at their ends. From the third on its window is fetched, which doubles as long as the stream goes on, up to a limit. What has
 been fetched waits in its slots, outside the map and so outside the eviction queues: it answers the stream's reads, and
 is thrown away when the stream has passed it, has stopped, or somebody needs the slots. Fills.by_block names it
 meanwhile, so a write poisons it like any fill. It never decides what else is read.
@@ -23,16 +23,19 @@ PIECE_BLOCKS: Final = 64
 """Of one fill: what comes first is to be there first."""
 LARGE_BLOCKS: Final = 32
 """Reads of 128 KiB go past RAM."""
+NEAR_BLOCKS: Final = 24
+"""So many blocks may be left out; more than a fill brings, since what it has brought is not seen here."""
 IDLE_NS: Final = 2_000_000_000
 """A stream that has stopped gives its slots back after this."""
 
 
 class Stream:
-    """`next`: the block that its next read begins with."""
+    """`next`: the block that its next read begins with, or a little before that."""
 
-    __slots__ = ("fills", "frontier", "reads", "used_ns", "window")
+    __slots__ = ("fills", "frontier", "next", "reads", "used_ns", "window")
 
     def __init__(self) -> None:
+        self.next = 0
         self.reads = 0
         self.window = 0
         self.frontier = 0
@@ -58,29 +61,40 @@ class Readahead:
         self._end = end
         self._fetch = fetch
         self._streams: OrderedDict[int, Stream] = OrderedDict()
-        """By their next block; the one that was used last comes last."""
+        """By their next block, in units of NEAR_BLOCKS; the one that was used last comes last."""
         self.held = 0
         """Blocks fetched or being fetched, and not given back."""
         self.counters = {"readahead_blocks": 0, "readahead_wasted_blocks": 0}
 
     def read(self, first: int, end: int, now_ns: int, deep: bool) -> None:
         """Blocks `first` .. `end - 1` are asked for now. `deep`: the guest has others under way besides."""
-        stream = self._streams.pop(first, None)
+        stream = self._find(first)
         if stream is None:
             stream = Stream()
             if len(self._streams) >= STREAMS_MAX:
                 self._drop(self._streams.popitem(last=False)[1])
-        other = self._streams.pop(end, None)
+        other = self._streams.pop(end // NEAR_BLOCKS, None)
         if other is not None:
             self._drop(other)
-        self._streams[end] = stream
-        stream.reads += 1
+        self._streams[end // NEAR_BLOCKS] = stream
+        stream.reads += first >= stream.next
+        stream.next = end
         stream.used_ns = now_ns
         while stream.fills and stream.fills[0].first + len(stream.fills[0].slots) <= first:
             self._give_back(stream.fills.popleft())
         # A guest that has its next large reads under way already reads ahead by itself, and without a copy.
         if stream.reads >= BEGINS_AT and not (deep and end - first >= LARGE_BLOCKS):
             self._advance(stream, end, end - first)
+
+    def _find(self, first: int) -> Stream | None:
+        """The stream that this read belongs to, no longer among the others. It may have read the first block before."""
+        at = (first + 1) // NEAR_BLOCKS
+        for key in (at, at - 1):
+            stream = self._streams.get(key)
+            if stream is not None and -1 <= first - stream.next <= NEAR_BLOCKS:
+                del self._streams[key]
+                return stream
+        return None
 
     def _advance(self, stream: Stream, position: int, request_blocks: int) -> None:
         frontier = max(stream.frontier, position)
@@ -107,10 +121,10 @@ class Readahead:
         """Give up streams that have stopped; returns when to look again, in ns."""
         streams = self._streams
         while self.held and streams:
-            position, stream = next(iter(streams.items()))
+            key, stream = next(iter(streams.items()))
             if now_ns < stream.used_ns + IDLE_NS:
                 return stream.used_ns + IDLE_NS
-            del streams[position]
+            del streams[key]
             self._drop(stream)
         return op.NEVER
 

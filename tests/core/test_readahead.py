@@ -60,6 +60,33 @@ def test_several_streams_go_on_side_by_side() -> None:
     assert sum(reads[30:]) <= 30
 
 
+@pytest.mark.parametrize("step", [2, 5, 16, 24])
+def test_reads_that_leave_out_a_little_are_a_stream(step: int) -> None:
+    harness = make(slots=3 + 4096)
+    waited = 0
+    for block in range(0, 900, step):
+        harness.submit(op.REQUEST_READ, 8 * block, 8)
+        harness.turn()
+        waited += bool(harness.live)
+        while harness.io:
+            harness.end_io(0)
+        harness.turn()
+    assert waited <= 5
+    assert harness.volume.statistics()["readahead_blocks"] > 600
+    harness.settle()
+
+
+def test_the_same_read_again_and_again_is_no_stream() -> None:
+    harness = make()
+    for _ in range(6):
+        harness.submit(op.REQUEST_READ, 8 * 500, 8)
+        harness.turn()
+    assert harness.volume.statistics()["readahead_blocks"] == 0
+    while harness.io:
+        harness.end_io(0)
+    harness.settle()
+
+
 def test_scattered_reads_fetch_nothing_ahead() -> None:
     harness = make()
     for at in range(200):

@@ -214,14 +214,14 @@ class Fills:
                 block_map.release(slot)
         if self.filled is not None and result == 0 and not fill.ready:
             self.filled(fill)
+        on_backend = not fill.address
         if fill.tag != NOBODY:
             if result == 0:
                 self._io.operations.append(op.OUT1 | fill.tag << 8 | fill.slots[0] << 32)
             else:
                 job = ReadJob(fill.tag, fill.first * op.BLOCK_SECTORS, op.BLOCK_SECTORS, op.NEVER)
                 job.parts = 1
-                self._part_done(job, result, True)
-        on_backend = not fill.address
+                self._part_done(job, result, on_backend)
         # What has rotted in the log may be a block that only others have asked for: those with less ask again.
         less = GONE if result < 0 and fill.address and len(fill.slots) > 1 else result
         for job, payload, offset, size in fill.readers:

@@ -103,6 +103,26 @@ class LogReads(GuestRequests):
         self._log_read_begins(address, count)
         return self._fills.begin_log(first, slots, address, self._offset(address))
 
+    def _read_stored(self, tag: int, block: int) -> bool:
+        """A read of one block which RAM does not have, but the log or the read cache: the usual case. False: it takes
+        the long way."""
+        if block in self._fills.by_block or block >= self._whole_blocks or not self._io.spare():
+            return False
+        value = self._locate(block)
+        if not value or value & 1:
+            return False
+        slot = self._cache.take_one()
+        if not slot:
+            return False
+        address = value >> 1
+        if address >= STORED:
+            self.read_cache_hits += 1
+        else:
+            self.log_hits += 1
+        self._log_read_begins(address, 1)
+        self._fills.begin_log(block, [slot], address, self._offset(address)).tag = tag
+        return True
+
     def _read(self, tag: int, sector: int, sectors: int, deadline_ns: int) -> None:
         """Each run of blocks from where it is: RAM, a fill in flight, the log, or the backend."""
         first, end = sector >> 3, (sector + sectors + 7) >> 3

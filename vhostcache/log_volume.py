@@ -216,6 +216,7 @@ class LogVolume(LogChanges):
         whole = self._whole_blocks
         waiting = self._room
         hit_count = 0
+        simple = not (self._timeout_ns or self._reads_failing)
         # How many blocks the open record took when it was asked last, and how many it still surely takes.
         asked = room = 0
         slots: dict[int, int] = {}
@@ -254,6 +255,8 @@ class LogVolume(LogChanges):
                         if hits[old] < HITS_MAX:
                             hits[old] += 1
                         append(2 | name << 8 | old << 32)  # OUT1
+                        continue
+                    if simple and self._read_stored(name, block):
                         continue
             writer.published += asked - room
             asked = room = 0

@@ -345,6 +345,13 @@ class Harness:
     def _lose(self, sector: int) -> None:
         """A write that RAM has no copy of any more: the flush that fails tells the guest."""
         old = self.backend.volatile[sector] = self.backend.durable[sector]
+        if any(io.kind in (op.READ, op.READ_DIRECT) and 0 <= sector - io.offset // SECTOR < io.size // SECTOR for io in self.io):
+            # What is being read from the backend while it loses what it had not flushed may be what was there before:
+            # docs/ARCHITECTURE.md says so.
+            for request in self.live.values():
+                if request.allowed and request.kind == op.REQUEST_READ:
+                    if request.sector <= sector < request.sector + request.sectors:
+                        request.allowed[sector - request.sector].add(old)
         if sector in self.backend.past_ram:
             self.possible[sector].add(old)
             for request in self.live.values():

@@ -42,6 +42,7 @@
 #define TURN_NS 1000000ull          /* of taking in, in one look at the connections; one recv() more at most */
 #define TURN_BYTES (1u << 20)       /* handed to the connections in one look; one command more at most */
 #define COMMAND_COST 4096u          /* of one without data, of these */
+#define STAGING_IDLE_NS 1000000000ull /* buffers that nobody needs so long are given up */
 #define DRAIN_NS 1000000000ull    /* for answers, before a connection is left */
 #define UNCOMPRESSED MAX_LINKS    /* the link to the second export, once it has been needed */
 #define LINKS (MAX_LINKS + 1)
@@ -113,6 +114,7 @@ struct nbd {
     uint64_t doubts, doubts_told;
     uint64_t leave_by_ns; /* stale links, whatever is in flight */
     struct staging staging;
+    uint64_t staged_ns; /* when a buffer was given back to it last */
     vhc_backend_stats stats;
 };
 
@@ -125,8 +127,12 @@ static uint64_t *word_of(struct nbd *nbd, struct io *io)
 
 static void command_free(struct nbd *nbd, struct command *command)
 {
-    if (command->staged)
+    if (command->staged) {
         staging_give(&nbd->staging, command->memory, command->staged);
+        nbd->staged_ns = nbd->backend->engine->now_ns;
+        if (nbd->staging.count)
+            backend_wake_at(nbd->backend, nbd->staged_ns + STAGING_IDLE_NS);
+    }
     free(command);
 }
 
@@ -425,7 +431,7 @@ static int on_answer(void *user, int *error)
 {
     struct ask *ask = user;
     if (*error && *error != ENOTCONN && *error != ESHUTDOWN)
-        ask->owner->mute = true;
+        ask->owner->mute = !holes_ask_less(ask->owner->holes, &ask->question);
     ask_over(ask, !*error);
     return 1;
 }
@@ -898,6 +904,10 @@ static uint64_t nbd_tick(struct backend *backend, uint64_t now_ns)
         if (due_ns < next_ns)
             next_ns = due_ns;
     }
+    if (nbd->staging.count && nbd->staged_ns + STAGING_IDLE_NS <= now_ns)
+        staging_clear(&nbd->staging);
+    else if (nbd->staging.count && nbd->staged_ns + STAGING_IDLE_NS < next_ns)
+        next_ns = nbd->staged_ns + STAGING_IDLE_NS;
     if (nbd->waiting_count)
         backend_wants_push(backend);
     return next_ns;

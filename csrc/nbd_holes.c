@@ -28,7 +28,7 @@ struct window {
 struct holes {
     uint64_t size_bytes, granules, windows_count;
     uint64_t now;   /* counts changes, their beginnings and their ends */
-    uint64_t reach; /* of the next question, in bytes */
+    uint64_t reach, reach_max; /* of the next question, in bytes */
     uint8_t *known, *zero;
     struct window *windows;
 };
@@ -61,6 +61,7 @@ struct holes *holes_new(uint64_t size_bytes)
     holes->zero = calloc(1, holes->granules / 8 + 1);
     holes->windows = calloc(holes->windows_count, sizeof *holes->windows);
     holes->reach = WINDOW;
+    holes->reach_max = REACH_MAX;
     if (!holes->known || !holes->zero || !holes->windows) {
         holes_free(holes);
         return NULL;
@@ -173,7 +174,7 @@ void holes_answer(struct holes *holes, const struct question *question, uint64_t
         return;
     uint64_t stop = offset + bytes;
     if (offset == question->offset && bytes >= question->bytes)
-        holes->reach = holes->reach < REACH_MAX ? 2 * holes->reach : REACH_MAX;
+        holes->reach = holes->reach < holes->reach_max ? 2 * holes->reach : holes->reach_max;
     else
         holes->reach = WINDOW;
     /* Whole granules only; the last of the export may be short. */
@@ -187,6 +188,12 @@ void holes_answer(struct holes *holes, const struct question *question, uint64_t
             learn(holes, first, next, zeroes);
         first = next;
     }
+}
+
+bool holes_ask_less(struct holes *holes, const struct question *question)
+{
+    holes->reach = holes->reach_max = WINDOW;
+    return question->bytes > WINDOW;
 }
 
 void holes_answered(struct holes *holes, const struct question *question, bool good)

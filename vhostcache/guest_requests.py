@@ -120,6 +120,7 @@ class GuestRequests:
                 self._fills,
                 settings.readahead_bytes // op.BLOCK_BYTES,
                 usable // AHEAD_SHARE,
+                self._fill_blocks,
                 lambda: (self._size_sectors + op.BLOCK_SECTORS - 1) // op.BLOCK_SECTORS,
                 self._fetch_ahead,
             )

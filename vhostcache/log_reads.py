@@ -18,8 +18,8 @@ from vhostcache.map import Map
 
 LAST_SHARE: Final = 4
 """What is read in the last quarter of the log is offered to the read cache, for the log will soon be without it."""
-LONG_RUN: Final = 8
-"""Blocks for which it pays to ask of all of them at once."""
+PART_BLOCKS: Final = 32
+"""Of a run that only the backend has: looked up at once."""
 TELL_NS: Final = 1_000_000_000
 ZERO_SLOT: Final = 1
 """A slot of zeroes that is never written."""
@@ -121,6 +121,8 @@ class LogReads(GuestRequests):
             self.log_hits += 1
         self._log_read_begins(address, 1)
         self._fills.begin_log(block, [slot], address, self._offset(address)).tag = tag
+        if self._ahead is not None:
+            self._ahead.read(block, block + 1, self.now_ns, deep=False)
         return True
 
     def _read(self, tag: int, sector: int, sectors: int, deadline_ns: int) -> None:
@@ -187,10 +189,13 @@ class LogReads(GuestRequests):
         where, by_block, lookup = self._map.where, self._fills.by_block, self._locate
         ring_blocks = self._writer.ring_blocks
         block = start + 1
-        if not value and end - start > LONG_RUN and self.read_ring is None:
-            absent = self._index.absent_until(start, end)
-            if not by_block and where.keys().isdisjoint(range(start, absent)):
-                block = max(block, absent)
+        if not value and not by_block and self.read_ring is None:
+            # Never more than one part in vain: a guest chooses how its blocks alternate.
+            while end - block >= PART_BLOCKS:
+                part = range(block, block + PART_BLOCKS)
+                if self._index.has_any(block, part.stop) or not where.keys().isdisjoint(part):
+                    break
+                block = part.stop
         while block < end and block not in where and block not in by_block:
             other = lookup(block)
             if value & 1 or not value:

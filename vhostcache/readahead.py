@@ -1,10 +1,11 @@
 """Readahead: what a sequential stream will ask for next, fetched from the backend before it does.
 
 Owns the streams that are being watched and the fills that were begun for them. A stream is reads that follow one
-another, or leave out a little: who appends compressed clusters reads the sectors at their ends. From the third on its window is fetched, which doubles as long as the stream goes on, up to a limit. What has
-been fetched waits in its slots, outside the map and so outside the eviction queues: it answers the stream's reads, and
-is thrown away when the stream has passed it, has stopped, or somebody needs the slots. Fills.by_block names it
-meanwhile, so a write poisons it like any fill. It never decides what else is read.
+another, or nearly: who appends compressed clusters reads the sectors at their ends, and what comes over several queues
+is not in order. From the third on its window is fetched, which doubles as long as the stream goes on, up to a limit.
+What has been fetched waits in its slots, outside the map and so outside the eviction queues: it answers the stream's
+reads, and is thrown away when the stream has passed it, has stopped, or somebody needs the slots. Fills.by_block names
+it meanwhile, so a write poisons it like any fill. It never decides what else is read.
 """
 
 from collections import OrderedDict, deque
@@ -23,14 +24,15 @@ PIECE_BLOCKS: Final = 64
 """Of one fill: what comes first is to be there first."""
 LARGE_BLOCKS: Final = 32
 """Reads of 128 KiB go past RAM."""
-NEAR_BLOCKS: Final = 24
-"""So many blocks may be left out; more than a fill brings, since what it has brought is not seen here."""
+NEAR_BLOCKS: Final = 8
+"""A read so near to where a stream is belongs to it; so does what a fill may have brought in between, which is not seen
+here."""
 IDLE_NS: Final = 2_000_000_000
 """A stream that has stopped gives its slots back after this."""
 
 
 class Stream:
-    """`next`: the block that its next read begins with, or a little before that."""
+    """`next`: the block behind the farthest that it has read."""
 
     __slots__ = ("fills", "frontier", "next", "reads", "used_ns", "window")
 
@@ -52,16 +54,18 @@ class Readahead:
         fills: Fills,
         window_max: int,
         held_max: int,
+        fill_blocks: int,
         end: Callable[[], int],
         fetch: Callable[[int, int], Fill | None],
     ) -> None:
         self._fills = fills
         self._window_max = window_max
         self._held_max = held_max
+        self._near = fill_blocks + NEAR_BLOCKS
         self._end = end
         self._fetch = fetch
         self._streams: OrderedDict[int, Stream] = OrderedDict()
-        """By their next block, in units of NEAR_BLOCKS; the one that was used last comes last."""
+        """By their next block, in units of `_near`; the one that was used last comes last."""
         self.held = 0
         """Blocks fetched or being fetched, and not given back."""
         self.counters = {"readahead_blocks": 0, "readahead_wasted_blocks": 0}
@@ -73,28 +77,38 @@ class Readahead:
             stream = Stream()
             if len(self._streams) >= STREAMS_MAX:
                 self._drop(self._streams.popitem(last=False)[1])
-        other = self._streams.pop(end // NEAR_BLOCKS, None)
-        if other is not None:
-            self._drop(other)
-        self._streams[end // NEAR_BLOCKS] = stream
         stream.reads += first >= stream.next
-        stream.next = end
+        stream.next = max(stream.next, end)
         stream.used_ns = now_ns
-        while stream.fills and stream.fills[0].first + len(stream.fills[0].slots) <= first:
+        other = self._streams.pop(stream.next // self._near, None)
+        if other is not None:  # they have met
+            if other.frontier > stream.frontier:
+                stream, other = other, stream
+            self._drop(other)
+        self._streams[stream.next // self._near] = stream
+        while stream.fills and self._is_passed(stream.fills[0], first):
             self._give_back(stream.fills.popleft())
         # A guest that has its next large reads under way already reads ahead by itself, and without a copy.
         if stream.reads >= BEGINS_AT and not (deep and end - first >= LARGE_BLOCKS):
-            self._advance(stream, end, end - first)
+            self._advance(stream, stream.next, end - first)
 
     def _find(self, first: int) -> Stream | None:
-        """The stream that this read belongs to, no longer among the others. It may have read the first block before."""
-        at = (first + 1) // NEAR_BLOCKS
-        for key in (at, at - 1):
+        """The stream that this read belongs to, no longer among the others."""
+        near = self._near
+        for key in range((first - near) // near, (first + near) // near + 1):
             stream = self._streams.get(key)
-            if stream is not None and -1 <= first - stream.next <= NEAR_BLOCKS:
+            if stream is not None and -near <= first - stream.next <= near:
                 del self._streams[key]
                 return stream
         return None
+
+    def _is_passed(self, fill: Fill, first: int) -> bool:
+        count = len(fill.slots)
+        end = fill.first + count
+        if end > first:
+            return False
+        # All of it has been read: somebody who is a little behind may want it again, but not more than others want room.
+        return end <= first - self._near or (len(fill.read) == count and 2 * self.held > self._held_max)
 
     def _advance(self, stream: Stream, position: int, request_blocks: int) -> None:
         frontier = max(stream.frontier, position)

@@ -120,25 +120,23 @@ class LogIndex:
         value = max(value, entry.zero)
         return value if value >> 1 >= self.tail else 0
 
-    def absent_until(self, block: int, end: int) -> int:
-        """So far from `block` on, at most to `end`, lookup() is 0: whole objects' parts are looked at, not each block, so
-        it may be farther."""
-        tail = self.tail
-        while block < end:
-            stop = min(end, (block | self._mask) + 1)
-            entry = self._objects.get(block >> self._shift)
+    def has_any(self, first: int, end: int) -> bool:
+        """Whether lookup() finds any of these blocks."""
+        while first < end:
+            stop = min(end, (first | self._mask) + 1)
+            entry = self._objects.get(first >> self._shift)
             if entry is not None:
-                at = block & self._mask
-                until = at + stop - block
+                at = first & self._mask
+                until = at + stop - first
                 if entry.page is not None:
                     newest = max(entry.page[at:until])
                 else:
                     newest = max((value for place, value in entry.few.items() if at <= place < until), default=0)
                 newest = max(newest, entry.zero)
-                if newest and newest >> 1 >= tail:
-                    return block
-            block = stop
-        return block
+                if newest and newest >> 1 >= self.tail:
+                    return True
+            first = stop
+        return False
 
     def some_addresses(self, most: int, turn: int, but: Collection[int]) -> list[int]:
         """Log addresses of some data, in different objects if there are, none of `but`; others with another `turn`."""

@@ -107,7 +107,7 @@ class Readahead:
         end = fill.first + count
         if end > first:
             return False
-        # All of it has been read: somebody who is a little behind may want it again, but not more than others want room.
+        # What has been read, somebody who is a little behind may want again, but not more than others want room.
         return end <= first - self._near or (len(fill.read) == count and 2 * self.held > self._held_max)
 
     def _advance(self, stream: Stream, position: int, request_blocks: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.log.harness import BOOT, IMAGE, TIER, new_cache
 from vhostcache import operations as op
+from vhostcache.log.format import RING_OFFSET_BYTES
 from vhostcache.log.recovery import recover
 from vhostcache.log.superblock import A_OFFSET_BYTES, B_OFFSET_BYTES, WRITE_CACHE_OFF, WRITE_CACHE_ON
 from vhostcache.log_volume import CHORES_NS, LogVolume, LogVolumeSettings
@@ -76,6 +77,8 @@ class Bench:
         """On the backend: offset, bytes, whether they may be unmapped."""
         self.superblocks: list[int] = []
         """Offsets at which they were written."""
+        self.log_reads: list[tuple[int, int]] = []
+        """Offset in the cache file, blocks."""
         self.tag = 0
 
     def ask(self, kind: int, block: int = 0, blocks: int = 0, *, sector: int = 0, sectors: int = 0) -> int:
@@ -105,6 +108,8 @@ class Bench:
             self.seen.append(code)
             if code == op.ZERO:
                 self.zeroes.append((words[1], words[2], bool(argument)))
+            if code == op.LOG_READ:
+                self.log_reads.append((words[1], argument))
             if code == op.SUPERBLOCK:
                 self.superblocks.append(words[1])
             if code in _BEGIN_IO or (code in (op.READ_DIRECT, op.LOG_READ_DIRECT) and not argument):
@@ -303,6 +308,86 @@ def destaged(bench: Bench, *blocks: int) -> None:
     bench.settle()
     bench.volume.drain(False)
     assert bench.volume._destager.settled
+
+
+@pytest.mark.parametrize("rotten", [False, True])
+def test_what_was_written_in_a_row_is_read_in_long_pieces_from_the_log(rotten: bool) -> None:
+    ring_blocks = 8192
+    bench = Bench(ring_blocks=ring_blocks, head=ring_blocks - 500, object_bytes=4 << 20)
+    for first in range(0, 1024, 128):
+        bench.write(first, 128)
+    bench.flush()
+    bench.evict()
+    bench.volume.drain()
+    while not bench.log_reads:
+        bench.now_ns = max(bench.now_ns, bench.deadline_ns)
+        bench.turn()
+    assert len(bench.log_reads) < 8, "so many blocks are read, then the next ones"
+    if rotten:
+        while op.LOG_READ in [code for code, _ in bench.io] and bench.log_reads[-1][1] > 1:
+            bench.end(op.LOG_READ, -EBADMSG)
+        assert bench.log_reads[-1][1] == 1
+        bench.end(op.LOG_READ, -EBADMSG)
+    bench.settle()
+    statistics = bench.volume.statistics()
+    assert statistics["blocks_destaged"] == 1024 - rotten
+    assert statistics["lost_blocks"] == rotten
+    end = RING_OFFSET_BYTES + ring_blocks * op.BLOCK_BYTES
+    assert all(RING_OFFSET_BYTES < at <= end - count * op.BLOCK_BYTES for at, count in bench.log_reads)
+    if not rotten:
+        assert sum(count for _, count in bench.log_reads) == 1024
+        assert len(bench.log_reads) <= 1024 // 128 + 4
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["in_one_turn", "one_after_the_other"])
+def test_a_write_overtakes_a_read_of_a_stored_block(together: bool) -> None:
+    bench = Bench()
+    bench.write(3)
+    bench.flush()
+    bench.evict()
+    if together:
+        kinds = [op.REQUEST_READ, op.REQUEST_WRITE]
+        bench.volume.requests(kinds, [50, 51], [24, 24], [8, 8], bench.now_ns)
+        bench.turn()
+    else:
+        bench.ask(op.REQUEST_READ, 3, 1)
+        bench.write(3)
+    block_map = bench.volume._map
+    slot = block_map.where[3]
+    free = len(block_map.free)
+    bench.end(op.LOG_READ)
+    assert list(bench.answers.values()) == [op.STATUS_OK] * len(bench.answers)
+    assert block_map.where[3] == slot, "what was read is old"
+    assert len(block_map.free) == free + 1
+
+
+def test_reads_of_stored_blocks_join_and_can_be_dropped() -> None:
+    bench = Bench()
+    bench.write(3)
+    bench.flush()
+    bench.evict()
+    first, second = bench.ask(op.REQUEST_READ, 3, 1), bench.ask(op.REQUEST_READ, 3, 1)
+    assert [code for code, _ in bench.io] == [op.LOG_READ]
+    bench.volume.quiesce(may_drop=True)
+    bench.turn()
+    assert bench.seen.count(op.DROP) == 2
+    bench.end(op.LOG_READ)
+    assert not {first, second} & bench.answers.keys()
+    assert bench.volume.idle
+    assert bench.ask(op.REQUEST_READ, 3, 1) in bench.answers, "it is in RAM all the same"
+
+
+def test_reads_of_stored_blocks_leave_what_the_log_needs_to_go_on() -> None:
+    bench = Bench(ring_blocks=16384, groups=512)
+    for first in range(0, 1024, 128):
+        bench.write(first, 128)
+    bench.flush()
+    bench.evict()
+    tags = [bench.ask(op.REQUEST_READ, block, 1) for block in range(1024)]
+    assert bench.volume._io.available() > 0
+    assert bench.volume._parked
+    bench.settle()
+    assert all(bench.answers[tag] == op.STATUS_OK for tag in tags)
 
 
 @pytest.mark.parametrize("errno", [EBADMSG, EIO])

@@ -2,8 +2,12 @@
 has ended.
 """
 
+import contextlib
 import filecmp
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -199,3 +203,28 @@ def test_fstrim_gives_the_room_of_deleted_files_back(tmp_path: Path) -> None:
 
 def _sums(output: str) -> dict[str, str]:
     return host.parse_sums(output.partition("@@ sums\n")[2].partition("@@ end\n")[0])
+
+
+def test_it_ends_when_whoever_waits_for_it_is_killed(tmp_path: Path) -> None:
+    """A bench that is interrupted must not leave a kernel running."""
+    waits = f"from tests.guest import uml; uml.run('sleep 100', [], __import__('pathlib').Path({str(tmp_path)!r}))"
+
+    def running() -> bool:
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has just ended
+                words = path.read_bytes().split(b"\0")
+                if words[0].endswith(b"linux.uml") and f"init={tmp_path}/init".encode() in words:
+                    return True
+        return False
+
+    def wait_until(wanted: bool) -> None:
+        deadline = time.monotonic() + 60
+        while running() is not wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    with subprocess.Popen([sys.executable, "-c", waits]) as waiting:
+        wait_until(True)
+        waiting.kill()
+        waiting.wait()
+        wait_until(False)

@@ -76,6 +76,9 @@ def run(
     init.chmod(0o755)
     log = folder / "uml.log"
     line = [
+        "setpriv",  # whoever waits for it may be killed
+        "--pdeathsig",
+        "TERM",
         "timeout",
         "-s",
         "KILL",

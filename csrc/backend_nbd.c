@@ -287,10 +287,8 @@ static bool prepare(struct nbd *nbd, struct command *command)
         }
     }
     command->memory = staging_take(&nbd->staging, command->bytes, &command->staged);
-    if (!command->memory) {
-        command->staged = 0;
+    if (!command->memory)
         return false;
-    }
     nbd->stats.staged_bytes += command->bytes;
     if (command->kind == IO_WRITE)
         copy_piece(command, false);

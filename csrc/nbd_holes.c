@@ -135,6 +135,12 @@ void holes_change_ends(struct holes *holes, uint64_t offset, uint64_t bytes)
     }
 }
 
+static void set_asked(struct holes *holes, const struct question *question, bool asked)
+{
+    for (uint64_t i = question->offset >> WINDOW_SHIFT; i < end_of(question->offset, question->bytes, WINDOW_SHIFT); i++)
+        holes->windows[i].asked = asked;
+}
+
 bool holes_ask(struct holes *holes, uint64_t offset, uint64_t bytes, struct question *question)
 {
     if (!inside(holes, offset, bytes))
@@ -149,8 +155,7 @@ bool holes_ask(struct holes *holes, uint64_t offset, uint64_t bytes, struct ques
     if (end > holes->size_bytes)
         end = holes->size_bytes;
     *question = (struct question){start, (uint32_t)(end - start), holes->now};
-    for (uint64_t i = start >> WINDOW_SHIFT; i < end_of(start, question->bytes, WINDOW_SHIFT); i++)
-        holes->windows[i].asked = true;
+    set_asked(holes, question, true);
     return true;
 }
 
@@ -198,8 +203,7 @@ bool holes_ask_less(struct holes *holes, const struct question *question)
 
 void holes_answered(struct holes *holes, const struct question *question, bool good)
 {
-    for (uint64_t i = question->offset >> WINDOW_SHIFT; i < end_of(question->offset, question->bytes, WINDOW_SHIFT); i++)
-        holes->windows[i].asked = false;
+    set_asked(holes, question, false);
     /* Whatever it has said: not about the same place again. */
     if (good && holes->windows[question->offset >> WINDOW_SHIFT].changed <= question->asked_at)
         set(holes->known, question->offset >> GRANULE_SHIFT, true);

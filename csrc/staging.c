@@ -20,8 +20,9 @@ void *staging_take(struct staging *staging, uint32_t bytes, uint32_t *capacity)
         *capacity = has;
         return memory;
     }
-    *capacity = bytes;
-    return malloc(bytes);
+    void *memory = malloc(bytes);
+    *capacity = memory ? bytes : 0;
+    return memory;
 }
 
 void staging_give(struct staging *staging, void *memory, uint32_t capacity)

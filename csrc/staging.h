@@ -16,7 +16,7 @@ struct staging {
     uint64_t kept_bytes;
 };
 
-/* At least so many bytes, of any content; NULL: there is no memory now. `*capacity`: give it back with this. */
+/* At least so many bytes, of any content; NULL: there is no memory now. `*capacity`: give it back with this; or 0. */
 void *staging_take(struct staging *staging, uint32_t bytes, uint32_t *capacity);
 void staging_give(struct staging *staging, void *memory, uint32_t capacity);
 void staging_clear(struct staging *staging);

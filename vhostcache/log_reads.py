@@ -109,18 +109,14 @@ class LogReads(GuestRequests):
         if block in self._fills.by_block or block >= self._whole_blocks or not self._io.spare():
             return False
         value = self._locate(block)
-        if not value or value & 1:
-            return False
-        slot = self._cache.take_one()
-        if not slot:
+        if not value or value & 1 or not self._room_for(1):
             return False
         address = value >> 1
         if address >= STORED:
             self.read_cache_hits += 1
         else:
             self.log_hits += 1
-        self._log_read_begins(address, 1)
-        self._fills.begin_log(block, [slot], address, self._offset(address)).tag = tag
+        self._begin_fill(block, 1, address).tag = tag
         if self._ahead is not None:
             self._ahead.read(block, block + 1, self.now_ns, deep=False)
         return True

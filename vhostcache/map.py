@@ -143,6 +143,15 @@ class Map:
             if len(blocks) == self.object_blocks:
                 self.full[number] = None
 
+    def set_state(self, slots: list[int], state: int) -> None:
+        """Of all of these slots, at once where they are a run."""
+        if slots and (end := run_end(slots)):
+            self.state[slots[0] : end] = bytes((state,)) * len(slots)
+            return
+        states = self.state
+        for slot in slots:
+            states[slot] = state
+
     def release(self, slot: int) -> None:
         """A slot that is in no use any more becomes free."""
         self.state[slot] = FREE

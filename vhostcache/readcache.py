@@ -161,11 +161,9 @@ class ReadCache:
 
     def _evict_run(self) -> int:
         block_map = self._map
-        state, block_of, where = block_map.state, block_map.block_of, block_map.where
         freed = self._take_run()
-        deque(map(where.__delitem__, map(block_of.__getitem__, freed)), maxlen=0)
-        for slot in freed:
-            state[slot] = FREE
+        deque(map(block_map.where.__delitem__, map(block_map.block_of.__getitem__, freed)), maxlen=0)
+        block_map.set_state(freed, FREE)
         block_map.free.extend(reversed(freed))  # the last ones are taken first
         return len(freed)
 

@@ -345,22 +345,21 @@ class Harness:
     def _lose(self, sector: int) -> None:
         """A write that RAM has no copy of any more: the flush that fails tells the guest."""
         old = self.backend.volatile[sector] = self.backend.durable[sector]
+        past_ram = sector in self.backend.past_ram
+        if past_ram:
+            self.possible[sector].add(old)
         # What the backend is being asked for while it loses what it had not flushed may be what was there before:
         # docs/ARCHITECTURE.md says so. It is not known here which of the reads under way that is.
-        place = sector * SECTOR
         reads = [io for io in self.io if io.kind in (op.READ, op.READ_DIRECT)]
-        if any(io.offset <= place < io.offset + io.size for io in reads):
-            for request in self.live.values():
-                covers = request.sector <= sector < request.sector + request.sectors
-                if covers and request.allowed and request.kind == op.REQUEST_READ:
-                    request.allowed[sector - request.sector].add(old)
-        if sector in self.backend.past_ram:
-            self.possible[sector].add(old)
-            for request in self.live.values():
-                if request.allowed and request.kind == op.REQUEST_FLUSH:
+        being_read = any(io.offset <= sector * SECTOR < io.offset + io.size for io in reads)
+        if not (past_ram or being_read):
+            return
+        for request in self.live.values():
+            if request.allowed and request.kind == op.REQUEST_FLUSH:
+                if past_ram:
                     request.allowed[sector].add(old)
-                elif request.allowed and request.sector <= sector < request.sector + request.sectors:
-                    request.allowed[sector - request.sector].add(old)
+            elif request.allowed and request.sector <= sector < request.sector + request.sectors:
+                request.allowed[sector - request.sector].add(old)
 
     # --- the front-end leaves and comes back ---
 

@@ -1,5 +1,7 @@
 """Readahead: a stream finds what it asks for, and nobody else pays for it."""
 
+from collections.abc import Iterable
+
 import pytest
 
 from tests.core.harness import BLOCK, Harness
@@ -24,18 +26,24 @@ def read(harness: Harness, block: int, count: int = 1) -> int:
     return begun
 
 
-@pytest.mark.parametrize("count", [1, 8, 40])
-def test_a_stream_does_not_wait_for_the_backend(count: int) -> None:
-    harness = make(256, slots=3 + 4096)
+def waiting_reads(harness: Harness, blocks: Iterable[int], count: int = 1) -> int:
+    """Reads of `count` blocks, one after the other, each once the backend has brought what was fetched for those
+    before. Returns how many had to wait for it."""
     waited = 0
-    for block in range(0, 960, count):
+    for block in blocks:
         harness.submit(op.REQUEST_READ, 8 * block, 8 * count)
         harness.turn()
         waited += bool(harness.live)
         while harness.io:
             harness.end_io(0)
         harness.turn()
-    assert waited <= 5
+    return waited
+
+
+@pytest.mark.parametrize("count", [1, 8, 40])
+def test_a_stream_does_not_wait_for_the_backend(count: int) -> None:
+    harness = make(256, slots=3 + 4096)
+    assert waiting_reads(harness, range(0, 960, count), count) <= 5
     counters = harness.volume.statistics()
     assert counters["readahead_blocks"] >= 960 - 5 * count
     assert counters["readahead_wasted_blocks"] <= 40
@@ -63,15 +71,7 @@ def test_several_streams_go_on_side_by_side() -> None:
 @pytest.mark.parametrize("step", [2, 5, 8, 9])
 def test_reads_that_leave_out_a_little_are_a_stream(step: int) -> None:
     harness = make(slots=3 + 4096)
-    waited = 0
-    for block in range(0, 900, step):
-        harness.submit(op.REQUEST_READ, 8 * block, 8)
-        harness.turn()
-        waited += bool(harness.live)
-        while harness.io:
-            harness.end_io(0)
-        harness.turn()
-    assert waited <= 5
+    assert waiting_reads(harness, range(0, 900, step)) <= 5
     assert harness.volume.statistics()["readahead_blocks"] > 600
     harness.settle()
 
@@ -89,15 +89,7 @@ def orders() -> dict[str, list[int]]:
 @pytest.mark.parametrize("order", orders())
 def test_reads_that_are_nearly_in_order_are_a_stream(order: str) -> None:
     harness = make(slots=3 + 4096)
-    waited = 0
-    for block in orders()[order]:
-        harness.submit(op.REQUEST_READ, 8 * block, 8)
-        harness.turn()
-        waited += bool(harness.live)
-        while harness.io:
-            harness.end_io(0)
-        harness.turn()
-    assert waited <= 10
+    assert waiting_reads(harness, orders()[order]) <= 10
     counters = harness.volume.statistics()
     assert counters["readahead_blocks"] <= 1100
     assert counters["readahead_wasted_blocks"] <= 150

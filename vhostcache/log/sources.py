@@ -38,7 +38,6 @@ REMOTE_NS: Final = 500_000
 """A backend that takes so long for a small write is far away: see `_gap_blocks`."""
 GAP_BLOCKS_MAX: Final = 128
 
-
 _block: Final = itemgetter(0)
 _address: Final = itemgetter(1)
 
@@ -237,17 +236,12 @@ class Sources:
             for block, value in values:
                 self._choose_version(destage, block, value, fetch)
         else:
-            find, state, any_lost = self._map.where.get, self._map.state, bool(self._index.lost)
+            in_ram, any_lost = self._map.where, bool(self._index.lost)
             for block, value in values:
-                slot = find(block)
-                if value & 1 or any_lost:
+                if block in in_ram or value & 1 or any_lost:
                     self._choose_source(destage, block, value, fetch)
-                elif slot is None or state[slot] == PINNED:
-                    fetch.append((block, value >> 1))
-                elif state[slot] == CLEAN:
-                    self._pin(destage, block, slot)
                 else:
-                    destage.need_seq = self._writer.accepted_seq  # a newer version is on its way into the log
+                    fetch.append((block, value >> 1))
         self._choose_neighbours(destage, fetch)
         self._wanted = count = len(destage.span) or len(fetch)
         if self.short:

@@ -340,12 +340,7 @@ class LogWriter:
         blocks = record.blocks = sorted(record.slots)
         slots = record.slots
         payload = record.payload = [slots[block] for block in blocks]
-        state = self._map.state
-        if payload and (end := run_end(payload)):
-            state[payload[0] : end] = bytes((WRITING,)) * len(payload)
-        else:
-            for slot in payload:
-                state[slot] = WRITING
+        self._map.set_state(payload, WRITING)
         self._sealed_blocks += len(payload)
         self._submit(record, 0)
         record.since_ns = record.since_ns or self.now_ns
@@ -576,7 +571,7 @@ class LogWriter:
                         else:
                             assert state[slot] == ORPHAN
                             release(slot)
-                self._cache.admit_run(record.payload)
+                self._cache.admit_run(payload)
             if self.ordered is not None:
                 first = record.address + record.header_blocks
                 end = records[0].address if records else self.head
